@@ -1,0 +1,121 @@
+"""Particle swarm optimization (Kennedy & Eberhart 1995), `pyswarm.pso`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridopt.carrier import Abandoned, Isolation
+from hybridopt.errors import MethodError
+from hybridopt.ledger import Reason
+from hybridopt.optimizer import Need
+from hybridopt.solver import Ask, BlockingMethod, Ending, Start
+
+_WORST = 1e299  # pyswarm takes 1e300 and above for infeasible, and prints when nothing else is left
+
+
+@dataclass(frozen=True)
+class PSO(BlockingMethod):
+    """A swarm in a box, each particle drawn to its own best point and to the swarm's.
+
+    pyswarm draws the random numbers of all iterations at the start, so its path depends on `maxiter`, which
+    therefore never follows from a budget. Its own coefficients (0.5 each, the defaults here too) stall on curved
+    valleys; the constriction values are omega=0.7298, phip=1.49618, phig=1.49618 (Clerc & Kennedy 2002).
+
+    Args:
+        swarmsize: particles; one generation is that many evaluations.
+        omega: inertia.
+        phip, phig: pull towards the particle's own and the swarm's best point.
+        maxiter: generations after the first.
+        minstep, minfunc: stop when the swarm's best moves, or improves, by less.
+        patience: stop after this many generations without improvement; 0 = never.
+
+    Raises:
+        BoundsError: a weight has no finite bounds.
+        MemoryLimit: 16 * maxiter * swarmsize * n bytes of random numbers do not fit.
+
+    Example:
+        >>> import numpy as np, hybridopt
+        >>> from hybridopt.adapters import PSO
+        >>> f = lambda x: float((x**2).sum())
+        >>> r = hybridopt.minimize(f, np.ones(2), PSO(), budget=2000, bounds=(-2, 2), seed=0)
+        >>> r.best_loss < 1e-3
+        True
+    """
+
+    name: ClassVar[str] = "pyswarm.pso"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    # f2py keeps the callback in a thread-local that points into the C stack: two swarms in one thread crash
+    isolation: ClassVar[Isolation] = "thread"
+    libraries: ClassVar[tuple[str, ...]] = ("pyswarm",)
+    memory_advice: ClassVar[str] = "lower maxiter or swarmsize, or select fewer weights (select=...)"
+
+    swarmsize: int = 100
+    omega: float = 0.5
+    phip: float = 0.5
+    phig: float = 0.5
+    maxiter: int = 100
+    minstep: float = 1e-8
+    minfunc: float = 1e-8
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("swarmsize", "maxiter"):
+            if isinstance(getattr(self, option), bool) or not getattr(self, option) >= 1:
+                raise MethodError(f"{self.name}: expected {option} >= 1, got {getattr(self, option)!r}")
+
+    def memory(self, n: int) -> int:
+        """Bytes of the random numbers drawn up front."""
+        return 16 * self.maxiter * self.swarmsize * n
+
+    def solve(self, ask: Ask, start: Start) -> Ending:
+        """See `BlockingMethod.solve`."""
+        import pyswarm
+
+        r = pyswarm.pso(
+            _Callback(ask, 2 * self.swarmsize),
+            start.lower,
+            start.upper,
+            swarmsize=self.swarmsize,
+            omega=self.omega,
+            phip=self.phip,
+            phig=self.phig,
+            maxiter=self.maxiter,
+            minstep=self.minstep,
+            minfunc=self.minfunc,
+            patience=self.patience,
+            seed=start.seed,
+        )
+        loss = float(r.fun)
+        converged = r.nit < self.maxiter
+        reason = Reason.CONVERGED if converged else Reason.STALLED
+        return Ending(reason, r.message, math.inf if loss >= _WORST else loss, r.x)
+
+
+class _Callback:
+    """The loss as pyswarm calls it; when the run is closed it brings pyswarm to a quiet end.
+
+    An exception through the Fortran code would print to stderr. A loss that improves by the least possible amount
+    meets pyswarm's `minfunc` criterion within one generation instead; where rounding forbids even that, the
+    exception ends it after two.
+    """
+
+    def __init__(self, ask: Ask, patience: int) -> None:
+        self._ask = ask
+        self._best = math.inf
+        self._patience = patience
+
+    def __call__(self, x: npt.NDArray[np.float64]) -> float:
+        try:
+            loss = min(self._ask.value(x), _WORST)
+        except Abandoned:
+            self._patience -= 1
+            if self._patience < 0:
+                raise
+            loss = float(np.nextafter(min(self._best, _WORST), -math.inf))
+        self._best = min(self._best, loss)
+        return loss

@@ -1,0 +1,125 @@
+"""A torch optimizer at work in the model's own tensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.errors import ClosedError, MissingGradient, StateError
+from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, Step
+from hybridopt.vector import ParameterVector
+
+if TYPE_CHECKING:
+    from hybridopt_torch._method import TorchMethod
+
+_QUESTION = Request(Kind.VALUE_AND_GRADIENT, None, commit=True)
+
+
+class InPlaceRun:
+    """One evaluation, one update: the flat vector is never built.
+
+    The iterate lives in the model's tensors. When somebody else writes them (another method's turn), it is saved
+    first and put back at the next question.
+    """
+
+    needs = frozenset({Need.GRADIENT})
+
+    def __init__(self, method: TorchMethod, vector: ParameterVector, warm: HandOver | None) -> None:
+        self.method = method
+        self.name = method.label
+        self.vector = vector
+        self.optimizer = method.make(vector)
+        self.notes: list[str] = []
+        self._loss = math.inf
+        self._saved: list[Tensor] | None = None
+        self._closed = False
+        if warm is not None and warm.x is not None:
+            vector.write(vector.decode(warm.x))
+        vector.claim(self)
+
+    def evicted(self) -> None:
+        """Save the iterate: somebody else is about to write the weights."""
+        self._saved = self.vector.snapshot()
+
+    def _hold(self) -> None:
+        """Have the iterate in the tensors."""
+        if self.vector.claim(self) and self._saved is not None:
+            self.vector.restore(self._saved)
+            self._saved = None
+
+    def ask(self) -> Request:
+        """See `Optimizer.ask`."""
+        if self._closed:
+            raise ClosedError(f"{self.name}: it was closed; start it again, or load its state into a new one")
+        self._hold()
+        return _QUESTION
+
+    def tell(self, answer: Answer) -> Step | None:
+        """See `Optimizer.tell`; a step that is not finite leaves weights and state as they are."""
+        if answer.stop is not None:
+            raise answer.stop
+        self._hold()
+        if answer.finite:
+            self._loss = answer.loss
+            if all(t.grad is None for t in self.vector.tensors):
+                raise MissingGradient(
+                    "gradient: the loss depends on none of the selected weights "
+                    f"({', '.join(map(repr, self.vector.names[:5]))}); select others, or use a gradient-free method"
+                )
+            self.optimizer.step()
+            self.vector.touch()
+            self.vector.project()
+        return Step(answer.loss, self.name)
+
+    @property
+    def incumbent(self) -> Incumbent:
+        """The weights as they stand after the last update, and the last loss (evaluated just before it)."""
+        if self._saved is None:
+            return Incumbent(self._loss, None)
+        return Incumbent(self._loss, self.vector.encode(self.vector.gather(self._saved)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights and torch's own state dict."""
+        weights = self.vector.snapshot() if self._saved is None else [t.clone() for t in self._saved]
+        return {
+            "method": str(self.method),
+            "weights": weights,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "loss": self._loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
+        """See `Optimizer.load_state_dict`; writes the saved weights into the model."""
+        if state["method"] != str(self.method):
+            raise StateError(f"state: it was saved by {state['method']!r}, this is {str(self.method)!r}")
+        self._saved = None
+        self.vector.claim(self)
+        self.vector.restore(state["weights"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self._loss = state["loss"]
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self.vector.release(self)
+        self._closed = True
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a torch state dict, keeping the dtypes that were saved.
+
+    torch casts floating state to its weight's dtype on load (fp32 moments of a bf16 weight become bf16), which
+    would break an exact resume.
+    """
+    saved = copy.deepcopy(dict(state))
+    optimizer.load_state_dict(saved)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved["state"].items():
+        live = optimizer.state[params[index]]
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and isinstance(live[key], Tensor) and live[key].dtype != value.dtype:
+                live[key] = value.to(live[key].device)

@@ -1,0 +1,142 @@
+"""A torch optimizer class with its options, before it meets a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from hybridopt.errors import MethodError
+from hybridopt.optimizer import HandOver, Method, Need, Optimizer
+from hybridopt.registry import nearest
+from hybridopt.vector import ParameterVector
+from hybridopt_torch._closure import ClosureRun
+from hybridopt_torch._inplace import InPlaceRun
+
+
+class TorchMethod(Method):
+    """Any `torch.optim.Optimizer` class as a method; it updates the model's own tensors in place.
+
+    One step is one evaluation of loss and gradient followed by one update, or, for optimizers whose `step` needs a
+    closure (LBFGS), one evaluation that the closure asks for. Scale is ignored; weights are clamped to the bounds
+    after each update. A step whose loss or gradient is not finite is skipped and counted. `torch.lbfgs` runs one
+    outer `step` after another until a stop.
+
+    Args:
+        cls: the optimizer class, called as `cls(params, **options)`. Parameter groups of the vector are passed on.
+        **options: its keyword arguments; checked against its signature.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.ones(2)
+        >>> r = hybridopt.minimize(lambda x: (x**2).sum(), x, hybridopt.method(torch.optim.SGD, lr=0.5), budget=3)
+        >>> r.best_loss, x
+        (0.0, tensor([0., 0.]))
+    """
+
+    name: ClassVar[str] = "torch"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+
+    def __init__(self, cls: type[torch.optim.Optimizer], _label: str | None = None, /, **options: Any) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise MethodError(f"method: expected a torch.optim.Optimizer class, got {cls!r}")
+        self.cls = cls
+        self._label = _label or f"{cls.__module__}:{cls.__qualname__}"
+        self._options = dict(options)
+        known = _keywords(cls)
+        if known is not None:
+            for option in options:
+                if option not in known:
+                    raise MethodError(f"{self._label}: unknown option {option!r}{nearest(option, known)}")
+
+    @property
+    def label(self) -> str:
+        """`torch.adam` for torch's own, `package.module:Class` for others."""
+        return self._label
+
+    def options(self) -> dict[str, Any]:
+        """The options given."""
+        return dict(self._options)
+
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """See `Method.start`. The optimizer is made over the vector's tensors, in their parameter groups."""
+        run = ClosureRun if _needs_closure(self.cls) else InPlaceRun
+        return run(self, vector, warm)
+
+    def make(self, vector: ParameterVector) -> torch.optim.Optimizer:
+        """The torch optimizer over the vector's tensors."""
+        tensors = dict(zip(vector.names, vector.tensors, strict=True))
+        params: Any = list(vector.tensors)
+        if vector.groups is not None:
+            params = [{**g, "params": [tensors[name] for name in g["params"]]} for g in vector.groups]
+        try:
+            make: Callable[..., torch.optim.Optimizer] = self.cls
+            return make(params, **self._options)
+        except (TypeError, ValueError) as error:
+            raise MethodError(f"{self.label}: {error}") from error
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TorchMethod):
+            return NotImplemented
+        return self.cls is other.cls and self._options == other._options
+
+    def __hash__(self) -> int:
+        return hash((self.cls, tuple(sorted(self._options))))
+
+    def __repr__(self) -> str:
+        inner = ", ".join([self.cls.__name__, *(f"{k}={v!r}" for k, v in self._options.items())])
+        return f"TorchMethod({inner})"
+
+
+def torch_method(torch_class: type[torch.optim.Optimizer], registered: str) -> type[TorchMethod]:
+    """A named method class for one torch optimizer, so that `Adam(lr=.01)` and `"torch.adam(lr=.01)"` are equal."""
+
+    class Named(TorchMethod):
+        __doc__ = f"`torch.optim.{torch_class.__name__}` as a method; options as in torch. See `TorchMethod`."
+        name: ClassVar[str] = f"torch.{registered}"
+        cls: type[torch.optim.Optimizer] = torch_class
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(torch_class, f"torch.{registered}", **options)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (_rebuild, (torch_class.__name__, self._options))
+
+    Named.__name__ = Named.__qualname__ = torch_class.__name__
+    Named.__module__ = "hybridopt_torch"
+    return Named
+
+
+def _rebuild(name: str, options: dict[str, Any]) -> TorchMethod:
+    import hybridopt_torch
+
+    method: TorchMethod = getattr(hybridopt_torch, name)(**options)
+    return method
+
+
+def _keywords(cls: type) -> list[str] | None:
+    """Names the constructor takes after the parameters; None if it takes any."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters[1:]]
+
+
+def _needs_closure(cls: type[torch.optim.Optimizer]) -> bool:
+    parameter = inspect.signature(cls.step).parameters.get("closure")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def method_of(cls: Any, options: dict[str, Any]) -> TorchMethod:
+    """The method of any torch optimizer class, under its registered name if it has one."""
+    import hybridopt_torch
+
+    for name in hybridopt_torch.__all__:
+        made = getattr(hybridopt_torch, name)
+        if isinstance(made, type) and issubclass(made, TorchMethod) and getattr(made, "cls", None) is cls:
+            named: TorchMethod = made(**options)
+            return named
+    return TorchMethod(cls, **options)

@@ -1,0 +1,42 @@
+"""Methods of outside libraries by class name: `from hybridopt.adapters import SLSQP`. Loaded on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hybridopt.registry import BUILTIN, factory
+
+if TYPE_CHECKING:
+    from hybridopt_cma import CMAES
+    from hybridopt_pyswarm import PSO
+    from hybridopt_scipy import SLSQP, DualAnnealing
+    from hybridopt_torch import (
+        ASGD,
+        LBFGS,
+        SGD,
+        Adadelta,
+        Adafactor,
+        Adagrad,
+        Adam,
+        Adamax,
+        AdamW,
+        Muon,
+        NAdam,
+        RAdam,
+        RMSprop,
+        Rprop,
+        SparseAdam,
+    )
+
+__all__ = [
+    "ASGD", "CMAES", "LBFGS", "PSO", "SGD", "SLSQP", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax",
+    "DualAnnealing", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam",
+]  # fmt: skip
+
+_CLASSES = {value.partition(":")[2]: name for name, value in BUILTIN.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return factory(_CLASSES[name])
+    raise AttributeError(f"module 'hybridopt.adapters' has no attribute {name!r}; known: {', '.join(sorted(_CLASSES))}")

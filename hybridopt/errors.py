@@ -1,0 +1,80 @@
+"""Every exception that hybridopt raises on purpose; all derive from `HybridoptError`.
+
+Each message says what was expected, what came, and what to do. Classes that refine a built-in exception also
+derive from it, so `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridopt.ledger import Ledger, Reason
+
+
+class HybridoptError(Exception):
+    """Base of every error that hybridopt raises on purpose."""
+
+
+class SelectionError(HybridoptError, ValueError):
+    """A selection of weights is empty, overlaps itself, or names weights that cannot be optimized."""
+
+
+class BoundsError(HybridoptError, ValueError):
+    """Bounds have the wrong shape, are empty, exclude the start, or are missing where a method needs a box."""
+
+
+class BudgetError(HybridoptError, ValueError):
+    """A budget is missing, malformed, or not positive."""
+
+
+class MethodError(HybridoptError, ValueError):
+    """A method's text, name or options are wrong."""
+
+
+class PluginError(HybridoptError):
+    """A plugin cannot be imported, or two plugins claim one name."""
+
+
+class StateError(HybridoptError, ValueError):
+    """A saved state does not belong to the object that should load it."""
+
+
+class ObjectiveError(HybridoptError, TypeError):
+    """The loss, the start or the model has a form that cannot be optimized."""
+
+
+class MissingGradient(HybridoptError, RuntimeError):
+    """A gradient was asked for, but the loss does not depend differentiably on some of the weights."""
+
+
+class NonFiniteLoss(HybridoptError, ArithmeticError):
+    """A loss or gradient is nan or inf where the run cannot go on, or where `nonfinite="raise"` was asked."""
+
+
+class MemoryLimit(HybridoptError, MemoryError):
+    """A method would need more memory than the machine has; raised before it starts."""
+
+
+class ReplayMismatch(HybridoptError, RuntimeError):
+    """A solver revived from its journal asked another question than the one recorded."""
+
+
+class ClosedError(HybridoptError, RuntimeError):
+    """An optimizer or objective was used after `close()`."""
+
+
+class Stop(Exception):  # noqa: N818 - a signal, not a fault
+    """A limit of `ledger` forbids the next evaluation; raised before it begins.
+
+    Not a `HybridoptError`: it is the ordinary end of a run or stage. The harness turns it into `Result.reason`.
+
+    Attributes:
+        ledger: whose limit was reached (the run's own, or a stage's).
+        reason: which limit.
+    """
+
+    def __init__(self, ledger: Ledger, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.ledger = ledger
+        self.reason = reason

@@ -1,0 +1,136 @@
+"""The forms a loss may come in, each reduced to "call it where the weights stand"."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hybridopt.errors import ObjectiveError
+from hybridopt.vector import ParameterVector
+
+
+class Form(enum.Enum):
+    """How the loss takes the weights."""
+
+    MODULE = "loss(model)"
+    TENSOR = "f(x), x a torch tensor"
+    ARRAY = "f(x), x a NumPy array"
+    MAPPING = "f(params), a dict of tensors"
+    CLOSURE = "closure()"
+
+
+class Loss(NamedTuple):
+    """A loss bound to a vector's tensors."""
+
+    form: Form
+    call: Callable[[], Any]
+    """The loss at the weights as they stand."""
+    functional: Callable[[Mapping[str, Tensor]], Any] | None
+    """The loss at other weights (`ParameterVector.unflatten`), without touching the model; None for closures."""
+
+
+class _LossModule(nn.Module):
+    """A module whose forward is `loss(model)`, so that `functional_call` can replace the model's weights."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.model = model
+        object.__setattr__(self, "loss", loss)  # a loss that is itself a module is not a submodule here
+
+    def forward(self) -> Any:
+        return self.loss(self.model)
+
+
+def as_vector(target: Any, select: Any = None, bounds: Any = None, scale: Any = None) -> ParameterVector:
+    """`target` itself if it is a vector, else a vector over it (a NumPy array or list of numbers is copied)."""
+    if isinstance(target, ParameterVector):
+        if select is not None or bounds is not None or scale is not None:
+            raise ObjectiveError(
+                "select, bounds and scale belong to the ParameterVector: pass them there, not again here"
+            )
+        return target
+    if isinstance(target, np.ndarray) or _is_numbers(target):
+        array = np.array(target)
+        if array.dtype == object:
+            raise ObjectiveError("start: expected an array of numbers, got an array of objects")
+        vector = ParameterVector(torch.from_numpy(array), select, bounds=bounds, scale=scale)
+        vector.source = np.asarray(target)
+        return vector
+    return ParameterVector(target, select, bounds=bounds, scale=scale)
+
+
+def _is_numbers(target: Any) -> bool:
+    return (
+        isinstance(target, list | tuple)
+        and len(target) > 0
+        and all(isinstance(v, float | np.floating) for v in target)
+    )
+
+
+def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
+    """Decide by the vector's source, and by whether `loss` takes an argument, how to call it."""
+    if not callable(loss):
+        raise ObjectiveError(f"loss: expected a function, got {type(loss).__name__}; the loss comes first, then the model")
+    source = vector.source
+    if not _takes_argument(loss):
+        return Loss(Form.CLOSURE, loss, None)
+    if isinstance(source, nn.Module):
+        wrapper = _LossModule(source, loss)
+
+        def functional(weights: Mapping[str, Tensor]) -> Any:
+            return torch.func.functional_call(wrapper, {f"model.{k}": v for k, v in weights.items()}, ())
+
+        return Loss(Form.MODULE, lambda: loss(source), functional)
+    if isinstance(source, Tensor):
+        return Loss(Form.TENSOR, lambda: loss(source), lambda weights: loss(next(iter(weights.values()))))
+    if isinstance(source, np.ndarray):
+        (tensor,) = vector.tensors
+        view = tensor.detach().numpy()
+        return Loss(Form.ARRAY, lambda: loss(view.copy()), None)
+    if isinstance(source, Mapping):
+        return Loss(Form.MAPPING, lambda: loss(dict(source)), lambda weights: loss({**source, **weights}))
+    raise ObjectiveError(
+        f"loss: for a {type(source).__name__} of tensors expected a closure() without arguments; "
+        "pass a module for loss(model), a tensor or array for f(x), or a dict for f(params)"
+    )
+
+
+def _takes_argument(loss: Callable[..., Any]) -> bool:
+    if isinstance(loss, nn.Module):
+        return True
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):  # built without a signature: assume the usual f(x)
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(
+        (p.kind in positional and p.default is p.empty) or p.kind is p.VAR_POSITIONAL for p in parameters
+    )
+
+
+def as_number(value: Any) -> tuple[float, Any]:
+    """The loss as a float, and whatever came along with it (`return loss, aux`).
+
+    Raises:
+        ObjectiveError: the loss is no number and no one-element tensor.
+    """
+    aux = None
+    if isinstance(value, tuple) and len(value) == 2:
+        value, aux = value
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return value.item(), aux
+        raise ObjectiveError(
+            f"loss: expected one real number, got a tensor of shape {tuple(value.shape)} and {value.dtype}; "
+            "reduce it, e.g. with .mean()"
+        )
+    try:
+        return float(value), aux
+    except (TypeError, ValueError):
+        raise ObjectiveError(f"loss: expected a number or a one-element tensor, got {type(value).__name__}") from None

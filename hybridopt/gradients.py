@@ -1,0 +1,217 @@
+"""Gradients for a blocking solver: autograd where it is right in fact, differences otherwise."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridopt.errors import MethodError, MissingGradient, NonFiniteLoss
+from hybridopt.solver import Ask, Start
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+GradientMode = Literal["auto", "autograd", "differences", "none"]
+GRADIENT_MODES: tuple[GradientMode, ...] = ("auto", "autograd", "differences", "none")
+
+
+def check_mode(mode: str, method: str) -> None:
+    """Raise `MethodError` for an unknown gradient mode."""
+    if mode not in GRADIENT_MODES:
+        raise MethodError(f"{method}: expected gradients to be one of {', '.join(GRADIENT_MODES)}, got {mode!r}")
+
+
+class Derivative:
+    """The `fun` and `jac` that a gradient-using solver calls.
+
+    Modes: `"autograd"` trusts the loss's graph; `"differences"` computes difference quotients whose step fits the
+    weights' dtype; `"auto"` looks at the first point asked and uses autograd only if its gradient is present,
+    non-zero in every tensor, and agrees with one directional difference (counted: one more evaluation and one
+    backward), unless the user gave a surrogate; `"none"` leaves the solver to itself.
+
+    Args:
+        ask: the solver's window to the loss.
+        start: bounds, dtypes and names.
+        mode: see above.
+        step: absolute difference step in solver coordinates; None = from each weight's dtype.
+    """
+
+    def __init__(self, ask: Ask, start: Start, mode: GradientMode, step: float | None = None) -> None:
+        self._ask = ask
+        self._start = start
+        self._mode: GradientMode = mode
+        self._differences = Differences(start, step)
+        self._x: FloatArray | None = None
+        self._loss = math.inf
+        self._gradient: FloatArray | None = None
+
+    @property
+    def none(self) -> bool:
+        """Whether the solver gets no gradient from us."""
+        return self._mode == "none"
+
+    def fun(self, x: FloatArray) -> float:
+        """The loss at `x`, shape (n,).
+
+        Raises:
+            NonFiniteLoss: at the first point; a method that follows gradients cannot begin there.
+        """
+        if self._mode == "auto":
+            self._decide(x)
+            return self._loss
+        first = self._x is None
+        self._loss = self._ask.value(x, keep_graph=self._mode == "autograd")
+        if first and not math.isfinite(self._loss) and not self.none:
+            raise NonFiniteLoss(
+                "loss: expected a finite loss at the start point of a method that follows gradients; change the "
+                "initial weights, or put a gradient-free method before it"
+            )
+        self._x, self._gradient = np.array(x), None
+        return self._loss
+
+    def jac(self, x: FloatArray) -> FloatArray:
+        """The gradient at `x`, shape (n,)."""
+        if self._x is None or not np.array_equal(self._x, x):
+            self.fun(x)
+        if self._gradient is not None:
+            return self._gradient.copy()
+        if not math.isfinite(self._loss):
+            return np.zeros(len(x))
+        if self._mode == "autograd":
+            gradient = self._ask.gradient(x).gradient
+            if gradient is None:
+                raise MissingGradient(
+                    "gradient: the loss has no graph to the weights; use gradients='differences', a surrogate=, or "
+                    "a method that needs no gradients"
+                )
+        else:
+            gradient = self._differences.gradient(self._ask, x, self._loss)
+        self._gradient = gradient
+        return gradient.copy()
+
+    def _decide(self, x: FloatArray) -> None:
+        """Settle `auto` at the first point."""
+        self._mode = "autograd"
+        loss = self.fun(x)
+        answer = self._ask.gradient(x)
+        gradient = answer.gradient
+        if gradient is None:
+            self._refuse("the loss has no graph to the weights", quiet=True)
+            return
+        self._gradient = gradient
+        if answer.surrogate:
+            return
+        flat = [name for name, a, b in self._start.names if not gradient[a:b].any()]
+        if flat:
+            self._refuse(f"autograd gives a gradient of exactly 0, or none, for {', '.join(map(repr, flat[:5]))}")
+            return
+        if not self._agrees(x, loss, gradient):
+            self._refuse("autograd's gradient disagrees with the change of the loss along it")
+
+    def _agrees(self, x: FloatArray, loss: float, gradient: FloatArray) -> bool:
+        """Compare one step along sign(gradient) with the trapezoid of the gradients at both ends (error O(h³))."""
+        start = self._start
+        eps = float(start.eps.max())
+        size = eps ** (1 / 3) * np.maximum(1.0, np.abs(x))
+        best, predicted = x, 0.0
+        for side in (1.0, -1.0):
+            trial = np.clip(x + side * size * np.sign(gradient), start.lower, start.upper)
+            change = float(gradient @ (trial - x))
+            if abs(change) > abs(predicted):
+                best, predicted = trial, change
+        if predicted == 0.0:
+            return True
+        other = self._ask.value(best, keep_graph=True, probe=True)
+        if not math.isfinite(other):
+            return True  # nothing can be said; the solver will see for itself
+        there = self._ask.gradient(best).gradient
+        if there is None:
+            return False
+        expected = float((gradient + there) @ (best - x)) / 2
+        actual = other - loss
+        noise = 100 * eps * max(abs(loss), abs(other))
+        return abs(actual - expected) <= 0.1 * max(abs(actual), abs(expected)) + noise
+
+    def _refuse(self, why: str, quiet: bool = False) -> None:
+        self._mode = "differences"
+        self._gradient = None
+        self._ask.note(f"autograd refused: {why}; using differences (gradients='differences')", warn=not quiet)
+
+
+class Differences:
+    """Difference quotients with a step that fits the weights' dtype; one batched question a side.
+
+    float64 weights: forward, absolute step sqrt(eps) = 1.49e-8, as SciPy's default. Narrower weights: central,
+    step eps^(1/3) × max(1, |x|). A side outside the bounds is not asked; a side whose loss is not finite is
+    replaced by the other one, and a weight without any finite side gets 0.
+
+    Args:
+        start: bounds and dtypes.
+        step: absolute step in solver coordinates for all weights; None = as above.
+    """
+
+    def __init__(self, start: Start, step: float | None = None) -> None:
+        self._start = start
+        self._central = bool((start.eps > np.finfo(np.float64).eps).any())
+        self._step = step
+
+    def _steps(self, x: FloatArray) -> FloatArray:
+        if self._step is not None:
+            return np.full(len(x), self._step)
+        if self._central:
+            return np.asarray(np.cbrt(self._start.eps) * np.maximum(1.0, np.abs(x)))
+        return np.asarray(np.sqrt(self._start.eps))
+
+    def gradient(self, ask: Ask, x: FloatArray, loss: float) -> FloatArray:
+        """The gradient at `x`, shape (n,), whose loss is known; n evaluations, or 2n for central differences."""
+        h = self._steps(x)
+        vanishing = (x + h) - x == 0
+        h = np.where(vanishing, np.sqrt(self._start.eps) * np.maximum(1.0, np.abs(x)), h)
+        up, down = self._room(x, h)
+        if self._central:
+            plus, minus = self._side(ask, x, up, loss), self._side(ask, x, -down, loss)
+        else:
+            # forward where it fits, else backward, else the longer side: SciPy's rule
+            one = np.where(up == h, h, np.where(down == h, -h, np.where(up >= down, up, -down)))
+            plus = self._side(ask, x, one, loss)
+            failed = np.isnan(plus.change) & (one != 0)
+            back = np.where(failed, np.where(one > 0, -down, up), 0.0)
+            minus = self._side(ask, x, back, loss)
+        return _slope(plus, minus)
+
+    def _room(self, x: FloatArray, h: FloatArray) -> tuple[FloatArray, FloatArray]:
+        up = np.minimum(h, np.maximum(self._start.upper - x, 0.0))
+        down = np.minimum(h, np.maximum(x - self._start.lower, 0.0))
+        if self._central and self._start.bounded:  # a sliver of room on one side tells nothing
+            up, down = np.where(up < 0.1 * h, 0.0, up), np.where(down < 0.1 * h, 0.0, down)
+        return up, down
+
+    def _side(self, ask: Ask, x: FloatArray, h: FloatArray, loss: float) -> _Side:
+        """Change of the loss for each weight moved alone by h; nan where not asked or not finite."""
+        change = np.full(len(x), math.nan)
+        chosen = np.flatnonzero(h)
+        moved = (x + h) - x
+        if len(chosen):
+            points = np.repeat(x[None, :], len(chosen), axis=0)
+            points[np.arange(len(chosen)), chosen] = x[chosen] + h[chosen]
+            losses = ask.values(points, probe=True)
+            change[chosen] = np.where(np.isfinite(losses), losses - loss, math.nan)
+        return _Side(change, moved)
+
+
+class _Side:
+    def __init__(self, change: FloatArray, moved: FloatArray) -> None:
+        self.change = change
+        self.moved = moved
+
+
+def _slope(plus: _Side, minus: _Side) -> FloatArray:
+    have_plus, have_minus = ~np.isnan(plus.change), ~np.isnan(minus.change)
+    result = np.zeros(len(plus.change))
+    both = have_plus & have_minus
+    only_plus, only_minus = have_plus & ~have_minus, have_minus & ~have_plus
+    result[both] = (plus.change[both] - minus.change[both]) / (plus.moved[both] - minus.moved[both])
+    result[only_plus] = plus.change[only_plus] / plus.moved[only_plus]
+    result[only_minus] = minus.change[only_minus] / minus.moved[only_minus]
+    return result

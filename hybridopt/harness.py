@@ -1,0 +1,309 @@
+"""The only loop: runs any method on any objective under one budget, and leaves the model with the best point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from hybridopt.errors import BudgetError, ClosedError, StateError, Stop
+from hybridopt.ledger import Budget, Reason
+from hybridopt.objective import Objective
+from hybridopt.optimizer import Method, Optimizer, Step, step
+from hybridopt.result import Result
+from hybridopt.text import method as read_method
+from hybridopt.tracker import RunLog, Tracker
+
+Callback = Callable[["Run", Step], Any]
+STATE_VERSION = 1
+
+
+class Run:
+    """A method at work on an objective, one step at a time, for those who want to hold the reins.
+
+    Use it in a `with` block: leaving the block, by whatever way, puts the best point into the model and gives the
+    caller's gradients, modes and generators back. Arguments are those of `minimize`.
+
+    Example:
+        >>> import numpy as np
+        >>> with Run(lambda x: float((x**2).sum()), np.ones(2), "cmaes", budget=100, seed=0) as run:
+        ...     for step in run:
+        ...         if step.loss < 0.1:
+        ...             break
+        >>> run.result().best_loss < 0.1
+        True
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any] | Objective,
+        target: Any = None,
+        method: str | type | Method = "slsqp",
+        *,
+        budget: Any,
+        seed: int | None = None,
+        tracker: Tracker | None = None,
+        label: str | None = None,
+        **objective: Any,
+    ) -> None:
+        self.method = read_method(method)
+        self.seed = _draw_seed() if seed is None else _checked_seed(seed)
+        limits = Budget.parse(budget)
+        if isinstance(loss, Objective):
+            if target is not None or objective:
+                raise BudgetError("minimize: an Objective brings its target and options; pass only method and budget")
+            self.objective = loss
+            self.objective.ledger.limit(limits)
+        else:
+            self.objective = Objective(loss, target, limits, seed=self.seed, **objective)
+        self.label = label or str(self.method)
+        self.steps = 0
+        self.reason: Reason | None = None
+        self.message = ""
+        self._tracker = tracker
+        self._log: RunLog | None = None
+        if tracker is not None:
+            self._log = tracker.begin(self.label, self.seed)
+            self.objective.listeners.append(self._log)
+        self._result: Result | None = None
+        self.optimizer: Optimizer = self.method.start(self.objective.vector, self.seed)
+
+    # -- stepping -----------------------------------------------------------------------------------------------
+
+    def step(self) -> Step | None:
+        """Do one step; None once the run has ended (see `reason`)."""
+        if self._result is not None:
+            raise ClosedError("run: it is finished; make a new one, or load its state into a new one")
+        if self.reason is not None:
+            return None
+        try:
+            done = step(self.optimizer, self.objective)
+        except Stop as stop:
+            self.reason, self.message = stop.reason, stop.reason.sentence
+            return None
+        self.steps += 1
+        if self.objective.ledger.target_reached:
+            self.reason, self.message = Reason.TARGET, Reason.TARGET.sentence
+        elif done.reason is not None:
+            self.reason, self.message = done.reason, done.message or done.reason.sentence
+        return done
+
+    def __iter__(self) -> Iterator[Step]:
+        while (done := self.step()) is not None:
+            yield done
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    def finish(self, reason: Reason = Reason.INTERRUPTED) -> Result:
+        """End the run: the model gets the kept point, everything else is as found. Calling it twice is allowed.
+
+        Args:
+            reason: said if nothing ended the run so far.
+        """
+        if self._result is None:
+            try:
+                self._result = self._conclude(reason)
+            finally:
+                self.optimizer.close()
+                self.objective.close()
+            if self._tracker is not None and self._log is not None:
+                self._tracker.finish(self._log, self._result)
+        return self._result
+
+    def result(self) -> Result:
+        """The result; ends the run if it is still going."""
+        return self.finish()
+
+    def _conclude(self, reason: Reason) -> Result:
+        objective, ledger = self.objective, self.objective.ledger
+        own = self.optimizer.incumbent
+        if objective.keeps_best:
+            objective.restore_best()
+        elif own.x is not None:
+            objective.vector.write(objective.vector.decode(own.x))
+        self.reason = self.reason or reason
+        if ledger.evaluations and ledger.best_loss == float("inf"):
+            self.reason, self.message = Reason.NON_FINITE, Reason.NON_FINITE.sentence
+        vector = objective.vector
+        return Result(
+            method=str(self.method),
+            seed=self.seed,
+            params=dict(zip(vector.names, vector.snapshot(), strict=True)),
+            loss=own.loss,
+            best_loss=ledger.best_loss,
+            best_evaluation=ledger.best_evaluation,
+            reason=self.reason,
+            message=self.message or self.reason.sentence,
+            **ledger.spent(),
+            nonfinite=ledger.nonfinite,
+            stochastic=objective.stochastic,
+            steps=self.steps,
+            stages=tuple(getattr(self.optimizer, "reports", ())),
+            notes=tuple(getattr(self.optimizer, "notes", ())),
+        )
+
+    def __enter__(self) -> Run:
+        self.objective.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = kind is None or issubclass(kind, KeyboardInterrupt)
+        self.finish(Reason.INTERRUPTED if interrupted else Reason.FAILED)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: tensors, numbers, strings. `torch.save` it; it loads with
+        `weights_only=True`. May be called between any two steps."""
+        return {
+            "version": STATE_VERSION,
+            "method": str(self.method),
+            "seed": self.seed,
+            "steps": self.steps,
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
+        """Go on where a saved run stood, in this or another process. The budget stays as given here.
+
+        Args:
+            state: from `state_dict`.
+            exact: see `Optimizer.load_state_dict`.
+
+        Raises:
+            StateError: it was saved by another method or over other weights.
+            ReplayMismatch: (at the next step) a solver does not walk the recorded path any more.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
+        if state["method"] != str(self.method):
+            raise StateError(f"state: it was saved by {state['method']!r}, this run is {str(self.method)!r}")
+        self.seed = state["seed"]
+        self.steps = state["steps"]
+        self.reason, self.message = None, ""
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"], exact=exact)
+
+
+def minimize(
+    loss: Callable[..., Any] | Objective,
+    target: Any = None,
+    method: str | type | Method = "slsqp",
+    *,
+    budget: Any,
+    seed: int | None = None,
+    tracker: Tracker | None = None,
+    callbacks: Iterable[Callback] | Callback = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    exact: bool = True,
+    label: str | None = None,
+    **objective: Any,
+) -> Result:
+    """Minimise a loss over a model's weights with any method; afterwards the model holds the best point.
+
+    Args:
+        loss: `loss(model)`, `f(x)`, `f(params)` or `closure()`, see `Objective`.
+        target: a module, tensor(s), NumPy array, dict of tensors, parameter groups, or `ParameterVector`.
+        method: text (`"adam(lr=.01)"`, `"dual_annealing(evaluations=500) > slsqp"`), a `Method`, or a class.
+        budget: evaluations (`137`, `"137"`), forward-equivalents (`"1000fe"`), seconds (`"30s"`), or a `Budget`;
+            never exceeded by one evaluation.
+        seed: of the method and of the random numbers that the loss draws; None = drawn and recorded.
+        tracker: collects one row per evaluation.
+        callbacks: each called as `callback(run, step)` after every step; a true return value ends the run.
+        checkpoint: a file. If it exists the run goes on from it; it is written every `checkpoint_seconds` seconds
+            and at the end, atomically.
+        exact: see `Run.load_state_dict`.
+        label: the tracker's name for this run; default the method's text.
+        **objective: further arguments of `Objective`: surrogate, nonfinite, keep, noise, backward_cost, select,
+            bounds, scale.
+
+    Returns:
+        A `Result`. An interrupt (Ctrl-C) ends the run between two steps and returns too; a second one raises at
+        once. An exception in the loss or a callback passes unchanged, after the best point was put into the model.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> model = torch.nn.Linear(1, 1)
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> loss = lambda model: ((model(x) - 3 * x - 1) ** 2).mean()
+        >>> result = hybridopt.minimize(loss, model, "slsqp", budget=100, seed=0)
+        >>> round(model.weight.item(), 2), round(model.bias.item(), 2)
+        (3.0, 1.0)
+    """
+    todo = [callbacks] if callable(callbacks) else list(callbacks)
+    run = Run(loss, target, method, budget=budget, seed=seed, tracker=tracker, label=label, **objective)
+    file = None if checkpoint is None else Path(checkpoint)
+    with run, _Interrupt() as interrupt:
+        if file is not None and file.exists():
+            state = torch.load(file, weights_only=True)
+            if seed is not None and state.get("seed") != seed:
+                raise StateError(f"checkpoint {file}: it was saved with seed {state.get('seed')}, got seed={seed}")
+            run.load_state_dict(state, exact=exact)
+        saved = time.monotonic()
+        for done in run:
+            if any([callback(run, done) for callback in todo]) and run.reason is None:
+                run.reason, run.message = Reason.INTERRUPTED, "a callback ended the run"
+            if interrupt.seen:
+                run.reason = run.reason or Reason.INTERRUPTED
+            if file is not None and time.monotonic() - saved >= checkpoint_seconds:
+                _save(run.state_dict(), file)
+                saved = time.monotonic()
+        if file is not None:
+            _save(run.state_dict(), file)
+    return run.result()
+
+
+def _save(state: Mapping[str, Any], file: Path) -> None:
+    """Write a checkpoint so that the file is always a whole one, the old or the new."""
+    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    torch.save(state, scratch)
+    scratch.replace(file)
+
+
+class _Interrupt:
+    """The first Ctrl-C is noted, to be acted on between steps; the second raises at once. Main thread only."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._previous: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.getsignal(signal.SIGINT)
+            if self._previous is signal.default_int_handler:
+                signal.signal(signal.SIGINT, self._handle)
+            else:
+                self._previous = None  # somebody else's handler stays in force
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+        warnings.warn("interrupt: ending after this step; press Ctrl-C again to stop at once", stacklevel=2)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+def _draw_seed() -> int:
+    return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
+
+
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise StateError(f"seed: expected a whole number from 0 to 2**32 - 1, got {seed!r}")
+    return seed

@@ -1,0 +1,101 @@
+"""The questions a solver asked (as digests) and the answers it was told: enough to revive it bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybridopt.optimizer import Answer, Kind, Request
+
+_KINDS = {Kind.VALUE: 0, Kind.GRADIENT: 1, Kind.VALUE_AND_GRADIENT: 2, Kind.POPULATION: 3}
+_FINITE, _HAS_GRADIENT, _SURROGATE = 8, 16, 32
+
+
+def digest(request: Request) -> int:
+    """64 bits of a question: its kind and its exact point."""
+    code = bytes([_KINDS[request.kind]])
+    point = b"" if request.x is None else request.x.tobytes()
+    return int.from_bytes(hashlib.blake2b(code + point, digest_size=8).digest(), "little")
+
+
+class Journal:
+    """Answers in the order given: 17 bytes a question, 8 a loss, 8n more with a gradient."""
+
+    def __init__(self) -> None:
+        self._flags = bytearray()
+        self._digests = array("Q")
+        self._lengths = array("I")
+        self._numbers = array("d")
+        self._offset = 0
+        self._read = 0
+
+    def __len__(self) -> int:
+        return len(self._flags)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 13 * len(self._flags) + 8 * len(self._numbers)
+
+    def append(self, request: Request, answer: Answer) -> None:
+        """Record one question and what was told (copied: solvers write into what they are given)."""
+        flags = _KINDS[request.kind] | (_FINITE if answer.finite else 0)
+        before = len(self._numbers)
+        self._numbers.append(answer.loss)
+        if answer.losses is not None:
+            self._numbers.frombytes(np.ascontiguousarray(answer.losses, dtype=np.float64).tobytes())
+        if answer.gradient is not None:
+            flags |= _HAS_GRADIENT
+            self._numbers.frombytes(np.ascontiguousarray(answer.gradient, dtype=np.float64).tobytes())
+        if answer.surrogate:
+            flags |= _SURROGATE
+        self._flags.append(flags)
+        self._digests.append(digest(request))
+        self._lengths.append(len(self._numbers) - before)
+
+    def rewind(self) -> None:
+        """Begin to read from the first entry."""
+        self._offset = self._read = 0
+
+    def matches(self, request: Request) -> bool:
+        """Whether the next entry answers this question."""
+        return self._digests[self._read] == digest(request)
+
+    def next(self) -> Answer:
+        """The next entry's answer, as new arrays."""
+        flags, length = self._flags[self._read], self._lengths[self._read]
+        numbers = np.array(self._numbers[self._offset : self._offset + length])
+        self._read += 1
+        self._offset += length
+        rest = numbers[1:]
+        population = (flags & 7) == _KINDS[Kind.POPULATION]
+        return Answer(
+            float(numbers[0]),
+            rest.copy() if population else None,
+            rest.copy() if flags & _HAS_GRADIENT else None,
+            bool(flags & _FINITE),
+            bool(flags & _SURROGATE),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Four flat tensors."""
+        return {
+            "flags": torch.tensor(np.frombuffer(bytes(self._flags), dtype=np.uint8)),
+            "digests": torch.tensor(np.array(self._digests, dtype=np.uint64).view(np.int64)),
+            "lengths": torch.tensor(np.array(self._lengths, dtype=np.int64)),
+            "numbers": torch.tensor(np.array(self._numbers, dtype=np.float64)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the contents."""
+        self._flags = bytearray(state["flags"].numpy().tobytes())
+        self._digests = array("Q", state["digests"].numpy().view(np.uint64).tobytes())
+        self._lengths = array("I", state["lengths"].tolist())
+        self._numbers = array("d", state["numbers"].numpy().tobytes())
+        self.rewind()

@@ -1,0 +1,281 @@
+"""What a run has spent, what it may spend, and the best it has seen."""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from hybridopt.errors import BudgetError, Stop
+
+
+class Reason(enum.Enum):
+    """Why a run, or a stage of it, ended. The value is the word in files; `sentence` is for people."""
+
+    TARGET = "target"
+    CONVERGED = "converged"
+    EVALUATIONS = "evaluations"
+    FORWARD_EQUIVALENTS = "forward_equivalents"
+    SECONDS = "seconds"
+    STEPS = "steps"
+    STALLED = "stalled"
+    NON_FINITE = "non_finite"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for people."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Reason.TARGET: "the target loss was reached",
+    Reason.CONVERGED: "the method says it has converged",
+    Reason.EVALUATIONS: "the budget of evaluations is spent",
+    Reason.FORWARD_EQUIVALENTS: "the next evaluation would pass the budget of forward-equivalents",
+    Reason.SECONDS: "the time is up",
+    Reason.STEPS: "the allowed number of steps is done",
+    Reason.STALLED: "the method gave up without converging",
+    Reason.NON_FINITE: "no finite loss came any more (or none was ever seen)",
+    Reason.INTERRUPTED: "interrupted by the user",
+    Reason.FAILED: "an exception ended the run",
+}
+
+_UNITS = {"": "evaluations", "evals": "evaluations", "evaluations": "evaluations", "fe": "forward_equivalents",
+          "forward_equivalents": "forward_equivalents", "s": "seconds", "seconds": "seconds"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a run or stage; the first one reached ends it. None means no limit of that kind.
+
+    Args:
+        evaluations: points whose loss is computed; a population of P counts P, a difference probe counts 1.
+        forward_equivalents: forwards + backward_cost × backwards (the currency in which methods compare).
+        seconds: wall-clock time since the start, in seconds, checked before every evaluation.
+        target: stop as soon as a loss is at or below this.
+
+    Raises:
+        BudgetError: nothing is limited but the target, or a limit is not positive.
+
+    Example:
+        >>> Budget.parse("1000fe")
+        Budget(forward_equivalents=1000.0)
+        >>> Budget.parse(137)
+        Budget(evaluations=137)
+    """
+
+    evaluations: int | None = None
+    forward_equivalents: float | None = None
+    seconds: float | None = None
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "forward_equivalents", "seconds"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise BudgetError(f"budget: expected {name} > 0, got {value!r}")
+            if name == "evaluations" and value != math.inf and int(value) != value:
+                raise BudgetError(f"budget: expected a whole number of evaluations, got {value!r}")
+        if self.target is not None and (
+            isinstance(self.target, bool) or not isinstance(self.target, int | float) or math.isnan(self.target)
+        ):
+            raise BudgetError(f"budget: expected a number as target, got {self.target!r}")
+
+    @classmethod
+    def parse(cls, value: Budget | int | float | str | Mapping[str, Any] | None) -> Budget:
+        """A budget from a number (evaluations), text (`"137"`, `"1000fe"`, `"30s"`), a mapping, or a `Budget`."""
+        if isinstance(value, Budget):
+            budget = value
+        elif isinstance(value, Mapping):
+            unknown = set(value) - {f.name for f in fields(cls)}
+            if unknown:
+                raise BudgetError(
+                    f"budget: unknown limit {sorted(unknown)}; known are {[f.name for f in fields(cls)]}"
+                )
+            budget = cls(**value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            budget = cls(evaluations=int(value) if value == int(value) else value)  # type: ignore[arg-type]
+        elif isinstance(value, str):
+            budget = cls._from_text(value)
+        else:
+            raise BudgetError(
+                "budget: expected a number of evaluations, text such as '137', '1000fe' or '30s', a mapping or a "
+                f"Budget, got {value!r}; a run needs a limit"
+            )
+        if budget.evaluations is None and budget.forward_equivalents is None and budget.seconds is None:
+            raise BudgetError(
+                "budget: expected a limit on evaluations, forward_equivalents or seconds (a target alone may never "
+                "be reached)"
+            )
+        return budget
+
+    @classmethod
+    def _from_text(cls, text: str) -> Budget:
+        limits: dict[str, Any] = {}
+        for part in re.split(r"[,\s]+", text.strip()):
+            match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)([a-z_]*)", part)
+            unit = _UNITS.get(match.group(2)) if match else None
+            if match is None or unit is None or unit in limits:
+                raise BudgetError(
+                    f"budget: expected '137' (evaluations), '1000fe' (forward-equivalents) or '30s' (seconds), got {text!r}"
+                )
+            number = float(match.group(1))
+            limits[unit] = int(number) if unit == "evaluations" and number == int(number) else number
+        return cls(**limits)
+
+    def __repr__(self) -> str:
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None]
+        return f"Budget({', '.join(given)})"
+
+
+class Shadow(Protocol):
+    """Where the best point of a ledger is copied from (the objective)."""
+
+    def copy_point(self, into: Any) -> Any:
+        """The point just evaluated; `into` is an earlier copy that may be overwritten."""
+
+
+class Ledger:
+    """Counters, limits and the best point of one run, stage or member.
+
+    Every evaluation is booked in the ledgers of all enclosing scopes, so a stage's limits hold exactly and
+    independently of its run's. Solvers' own counters are never used.
+
+    Attributes:
+        evaluations: losses computed for the method (a probe counts; a self-check of an evaluator does not).
+        forward, backward: model passes begun and finished.
+        recomputed: forwards repeated because a stop or a resume lost their graph; not part of any budget.
+        nonfinite: evaluations whose loss was nan or inf.
+        best_loss: the lowest finite loss, inf before one was seen.
+        best_point: that point (whatever the objective's `copy_point` returns), None before one was seen.
+        last_loss: the last loss that was no probe, nan before one.
+    """
+
+    __slots__ = (
+        "_clock", "_started", "backward", "backward_cost", "best_evaluation", "best_loss", "best_point", "budget",
+        "evaluations", "forward", "label", "last_loss", "max_equivalents", "max_evaluations", "nonfinite",
+        "nonfinite_in_a_row", "recomputed", "seconds_before", "target", "time_limit", "worst_loss",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        *,
+        backward_cost: float = 2.0,
+        label: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.label = label
+        self.backward_cost = backward_cost
+        self._clock = clock
+        self._started: float | None = None
+        self.seconds_before = 0.0
+        self.evaluations = self.forward = self.backward = self.recomputed = 0
+        self.nonfinite = self.nonfinite_in_a_row = 0
+        self.best_loss = math.inf
+        self.worst_loss = -math.inf
+        self.best_point: Any = None
+        self.best_evaluation = 0
+        self.last_loss = math.nan
+        self.budget = Budget()
+        self.limit(budget or Budget())
+
+    def limit(self, budget: Budget) -> None:
+        """Replace the limits, e.g. to go on after a budget was spent; what was spent stays."""
+        self.budget = budget
+        self.max_evaluations = math.inf if budget.evaluations is None else budget.evaluations
+        self.max_equivalents = math.inf if budget.forward_equivalents is None else budget.forward_equivalents
+        self.time_limit = budget.seconds
+        self.target = -math.inf if budget.target is None else budget.target
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Forwards + backward_cost × backwards."""
+        return self.forward + self.backward_cost * self.backward
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since the first evaluation was asked for, summed over resumed runs."""
+        return self.seconds_before + (0.0 if self._started is None else self._clock() - self._started)
+
+    def start_clock(self) -> None:
+        """Begin to count seconds (done by the first check)."""
+        if self._started is None:
+            self._started = self._clock()
+
+    def stop_clock(self) -> None:
+        """Stop counting seconds until the next check."""
+        self.seconds_before = self.seconds
+        self._started = None
+
+    def check(self, evaluations: int, forward: int, backward: int) -> None:
+        """Raise `Stop` if this much more would pass a limit."""
+        if self._started is None:
+            self._started = self._clock()
+        if self.best_loss <= self.target:
+            raise Stop(self, Reason.TARGET)
+        if self.evaluations + evaluations > self.max_evaluations:
+            raise Stop(self, Reason.EVALUATIONS)
+        if self.forward + forward + self.backward_cost * (self.backward + backward) > self.max_equivalents:
+            raise Stop(self, Reason.FORWARD_EQUIVALENTS)
+        if self.time_limit is not None and self.seconds >= self.time_limit:
+            raise Stop(self, Reason.SECONDS)
+
+    def book(self, loss: float, probe: bool, source: Shadow) -> None:
+        """Count one evaluation with its loss; keep the point if it is the best (`forward`/`backward` are separate)."""
+        self.evaluations += 1
+        if not probe:
+            self.last_loss = loss
+        if not math.isfinite(loss):
+            self.nonfinite += 1
+            self.nonfinite_in_a_row += 1
+            return
+        self.nonfinite_in_a_row = 0
+        self.worst_loss = max(self.worst_loss, loss)
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best_evaluation = self.evaluations
+            self.best_point = source.copy_point(self.best_point)
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the best loss is at or below the target."""
+        return self.best_loss <= self.target
+
+    _PLAIN = ("evaluations", "forward", "backward", "recomputed", "nonfinite", "nonfinite_in_a_row", "best_loss",
+              "worst_loss", "best_evaluation", "last_loss", "backward_cost")  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and seconds as plain numbers; the best point is saved by the objective, which knows its form."""
+        return {name: getattr(self, name) for name in self._PLAIN} | {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over counters and seconds; limits stay as they are, so a budget can be raised on resume."""
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        self.seconds_before = state["seconds"]
+        self._started = None
+
+    def spent(self) -> dict[str, Any]:
+        """The counters that users see."""
+        return {
+            "evaluations": self.evaluations,
+            "forward": self.forward,
+            "backward": self.backward,
+            "forward_equivalents": self.forward_equivalents,
+            "seconds": self.seconds,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Ledger({self.label + ': ' if self.label else ''}{self.evaluations} evaluations, "
+            f"{self.forward_equivalents:g} forward-equivalents, best {self.best_loss:g})"
+        )

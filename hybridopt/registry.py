@@ -1,0 +1,131 @@
+"""Methods by name: built in, or from third parties by the entry point group `hybridopt.optimizers`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from hybridopt.errors import MethodError, PluginError
+from hybridopt.optimizer import Method
+
+GROUP = "hybridopt.optimizers"
+
+# What this distribution registers by entry point itself, so that a bare checkout works too (a test keeps the two
+# equal).
+BUILTIN: dict[str, str] = {
+    "cma.cmaes": "hybridopt_cma:CMAES",
+    "pyswarm.pso": "hybridopt_pyswarm:PSO",
+    "scipy.dual_annealing": "hybridopt_scipy:DualAnnealing",
+    "scipy.slsqp": "hybridopt_scipy:SLSQP",
+    "torch.adadelta": "hybridopt_torch:Adadelta",
+    "torch.adafactor": "hybridopt_torch:Adafactor",
+    "torch.adagrad": "hybridopt_torch:Adagrad",
+    "torch.adam": "hybridopt_torch:Adam",
+    "torch.adamax": "hybridopt_torch:Adamax",
+    "torch.adamw": "hybridopt_torch:AdamW",
+    "torch.asgd": "hybridopt_torch:ASGD",
+    "torch.lbfgs": "hybridopt_torch:LBFGS",
+    "torch.muon": "hybridopt_torch:Muon",
+    "torch.nadam": "hybridopt_torch:NAdam",
+    "torch.radam": "hybridopt_torch:RAdam",
+    "torch.rmsprop": "hybridopt_torch:RMSprop",
+    "torch.rprop": "hybridopt_torch:Rprop",
+    "torch.sgd": "hybridopt_torch:SGD",
+    "torch.sparse_adam": "hybridopt_torch:SparseAdam",
+}
+
+# Compositions and bridges that floors below them reach by name, so that nothing imports upwards.
+_COMPOSITIONS: dict[str, str] = {
+    "chain": "hybridopt.compose.chain:chain",
+    "stage": "hybridopt.compose.chain:stage",
+    "torch": "hybridopt_torch:method_of",
+    "table": "hybridopt.report:table",
+    "plot": "hybridopt.report:plot",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; nearest: a, b"` for an error message, or all known names when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
+
+
+@functools.cache
+def _entries() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {
+        name: EntryPoint(name=name, value=value, group=GROUP) for name, value in BUILTIN.items()
+    }
+    for entry in entry_points(group=GROUP):
+        other = found.get(entry.name)
+        if other is not None and other.value != entry.value:
+            raise PluginError(
+                f"plugin: the name {entry.name!r} is claimed twice, by {other.value!r} and {entry.value!r}; rename "
+                "or uninstall one of them"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def reload() -> None:
+    """Look for plugins again (after one was installed into a running process)."""
+    _entries.cache_clear()
+
+
+def names() -> list[str]:
+    """All registered names, without importing anything."""
+    return sorted(_entries())
+
+
+def full_name(name: str) -> str:
+    """The registered name that `name` stands for; a bare name (`slsqp`) stands for the only one that ends in it.
+
+    Raises:
+        MethodError: unknown (the nearest names are shown), or several end in it.
+    """
+    entries = _entries()
+    if name in entries:
+        return name
+    ends = [full for full in entries if full.rpartition(".")[2] == name]
+    if len(ends) == 1:
+        return ends[0]
+    if ends:
+        raise MethodError(f"method: {name!r} could be {' or '.join(sorted(ends))}; write one of them")
+    short = {full.rpartition(".")[2]: full for full in entries}
+    raise MethodError(f"method: unknown name {name!r}{nearest(name, {*entries, *short})}")
+
+
+def factory(name: str) -> Any:
+    """What makes the named method: called with options, it returns a `Method`.
+
+    Raises:
+        MethodError: unknown name.
+        PluginError: the plugin cannot be imported (its name and the cause are given).
+    """
+    entry = _entries()[full_name(name)]
+    try:
+        return entry.load()
+    except Exception as error:
+        raise PluginError(f"plugin: {entry.name!r} ({entry.value}) cannot be imported: {error!r}") from error
+
+
+def methods() -> dict[str, type[Method]]:
+    """All methods that can be imported, by name; a broken plugin is reported by a warning and left out."""
+    found: dict[str, type[Method]] = {}
+    for name in names():
+        try:
+            found[name] = factory(name)
+        except PluginError as error:
+            warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=2)
+    return found
+
+
+def composition(name: str) -> Any:
+    """A composition or bridge from a higher floor."""
+    module, _, attribute = _COMPOSITIONS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

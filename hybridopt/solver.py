@@ -1,0 +1,410 @@
+"""Any blocking solver becomes an ask/tell optimizer: it runs piecewise, and is revived from a journal of answers."""
+
+from __future__ import annotations
+
+import abc
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybridopt.carrier import Carrier, Done, Isolation, Question, carry
+from hybridopt.errors import ClosedError, ReplayMismatch, StateError
+from hybridopt.journal import Journal
+from hybridopt.ledger import Reason
+from hybridopt.machine import differences, fingerprint, require_memory
+from hybridopt.optimizer import (
+    Answer,
+    HandOver,
+    Incumbent,
+    Kind,
+    Method,
+    Need,
+    Optimizer,
+    Request,
+    Step,
+    require_box,
+)
+from hybridopt.vector import ParameterVector
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+JOURNAL_LIMIT = 2**30  # bytes after which exact resume is given up (said once)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a solver begins with: plain data in solver coordinates, kept in the state, so replay needs no model."""
+
+    x0: FloatArray
+    """Shape (n,), float64."""
+    lower: FloatArray
+    """Shape (n,); -inf where unbounded."""
+    upper: FloatArray
+    """Shape (n,); inf where unbounded."""
+    eps: FloatArray
+    """Shape (n,): machine epsilon of each weight's dtype."""
+    seed: int
+    sigma: float | None = None
+    """Typical distance to the optimum, as handed over by a predecessor."""
+    names: tuple[tuple[str, int, int], ...] = ()
+    """(name, first, last + 1) of each tensor, for messages."""
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return len(self.x0)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether any weight has a bound."""
+        return bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Bounds as a list of (low, high)."""
+        return list(zip(self.lower.tolist(), self.upper.tolist(), strict=True))
+
+    @classmethod
+    def at(cls, vector: ParameterVector, seed: int, warm: HandOver | None) -> Start:
+        """The start on a vector: the handed-over point, clipped to the bounds, or where the weights stand."""
+        x0 = vector.encode(vector.read()) if warm is None or warm.x is None else warm.x
+        lower, upper = vector.encode(vector.lower), vector.encode(vector.upper)
+        names = tuple((name, s.start, s.stop) for name, s in vector.slices.items())
+        sigma = None if warm is None else warm.sigma
+        return cls(np.clip(x0, lower, upper), lower, upper, vector.eps, seed, sigma, names)
+
+    _ARRAYS = ("x0", "lower", "upper", "eps")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers."""
+        arrays = {name: torch.tensor(getattr(self, name)) for name in self._ARRAYS}
+        return arrays | {"seed": self.seed, "sigma": self.sigma, "names": [list(part) for part in self.names]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Start:
+        """The start that was saved."""
+        arrays = {name: state[name].numpy().copy() for name in cls._ARRAYS}
+        names = tuple((name, first, last) for name, first, last in state["names"])
+        return cls(**arrays, seed=state["seed"], sigma=state["sigma"], names=names)
+
+
+class Ask:
+    """What a solver sees of the world: it asks, and waits for the answer.
+
+    Points are float64 arrays in solver coordinates; what is passed is copied, and what is returned may be written
+    into. A loss that is not finite comes back as +inf.
+    """
+
+    def __init__(self, question: Question, notes: list[str]) -> None:
+        self.question = question
+        self._notes = notes
+
+    def value(self, x: FloatArray, *, keep_graph: bool = False, probe: bool = False) -> float:
+        """The loss at `x`, shape (n,). `keep_graph`: a `gradient` question about it may follow."""
+        return self.question(Request(Kind.VALUE, _own(x), probe, False, keep_graph)).loss
+
+    def gradient(self, x: FloatArray) -> Answer:
+        """The gradient at `x`, whose value (with `keep_graph`) was the last question; `.gradient` may be None."""
+        return self.question(Request(Kind.GRADIENT, _own(x)))
+
+    def values(self, population: FloatArray, *, probe: bool = False) -> FloatArray:
+        """The losses of all rows of `population`, shape (popsize, n)."""
+        losses = self.question(Request(Kind.POPULATION, _own(population), probe)).losses
+        assert losses is not None
+        return losses
+
+    def note(self, text: str, *, warn: bool = False) -> None:
+        """Record something the user should know (`Result.notes`); a revived solver does not warn again."""
+        if text not in self._notes:
+            self._notes.append(text)
+            if warn:
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _own(x: FloatArray) -> FloatArray:
+    return np.array(x, dtype=np.float64, order="C")
+
+
+class Ending(NamedTuple):
+    """How a solver ended, by its status code, never by its text."""
+
+    reason: Reason
+    message: str
+    loss: float
+    x: FloatArray
+
+
+class BlockingMethod(Method):
+    """A solver that owns its loop. A subclass translates options and calls it; everything else is here.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import numpy as np, hybridopt
+        >>> from scipy.optimize import minimize
+        >>> @dataclass(frozen=True)
+        ... class Powell(BlockingMethod):
+        ...     name = "powell"
+        ...     def solve(self, ask, start):
+        ...         r = minimize(ask.value, start.x0, method="powell")
+        ...         return Ending(Reason.CONVERGED if r.success else Reason.STALLED, r.message, r.fun, r.x)
+        >>> result = hybridopt.minimize(lambda x: float(((x - 3) ** 2).sum()), np.zeros(2), Powell(), budget=500)
+        >>> result.x.round(6).tolist()
+        [3.0, 3.0]
+    """
+
+    isolation: ClassVar[Isolation] = "greenlet"
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose versions a journal is bound to."""
+
+    @abc.abstractmethod
+    def solve(self, ask: Ask, start: Start) -> Ending:
+        """Run the solver to its end, asking for every loss. All randomness must come from `start.seed`."""
+
+    def memory(self, n: int) -> int:
+        """Bytes the solver is bound to need for n weights (0 = not worth checking)."""
+        return 0
+
+    memory_advice: ClassVar[str] = "select fewer weights (select=...)"
+
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """See `Method.start`."""
+        if Need.BOUNDS in self.needs:
+            require_box(vector, self.label)
+        elif vector.bounded and Need.BOUNDS not in self.uses:
+            raise StateError(f"{self.label}: it cannot keep within bounds; remove them, or use another method")
+        require_memory(self.memory(vector.n), self.label, vector.n, self.memory_advice)
+        return SolverRun(self, Start.at(vector, seed, warm))
+
+
+class SolverRun:
+    """A blocking solver at work (an `Optimizer`).
+
+    The solver's live stack cannot be saved; the journal of answers can. A copy, a loaded state, or a step from
+    another thread revives the solver by running it again on the recorded answers, checking by digest that it asks
+    the same questions.
+    """
+
+    def __init__(self, method: BlockingMethod, start: Start) -> None:
+        self.method = method
+        self.start = start
+        self.name = method.label
+        self.needs = method.needs
+        self.notes: list[str] = []
+        self._journal = Journal()
+        self._journal_full = False
+        self._carrier: Carrier | None = None
+        self._pending: Request | None = None
+        self._best = Incumbent(math.inf, start.x0)
+        self._last_value: float = math.inf
+        self._ending: Ending | None = None
+        self._exact = True
+        self._closed = False
+
+    # -- the protocol -------------------------------------------------------------------------------------------
+
+    def ask(self) -> Request:
+        """See `Optimizer.ask`."""
+        self._check_open()
+        if self._ending is not None:
+            raise ClosedError(f"{self.name}: it has ended ({self._ending.message}); start it again to go on")
+        if self._pending is None or self._carrier is None or not self._carrier.usable():
+            self._revive()
+        assert self._pending is not None
+        return self._pending
+
+    def tell(self, answer: Answer) -> Step | None:
+        """See `Optimizer.tell`."""
+        request = self.ask()
+        if answer.stop is not None:
+            raise answer.stop
+        self._record(request, answer)
+        assert self._carrier is not None
+        self._pending = None  # whatever happens below, the journal can revive it
+        out = self._carrier.advance(answer)
+        if isinstance(out, Done):
+            self._end(out.value)
+        else:
+            self._pending = out
+            if out.kind is Kind.GRADIENT:
+                return None  # belongs to the same step as its value
+        loss = self._last_value if request.kind is Kind.GRADIENT else answer.loss
+        if self._ending is not None:
+            return Step(loss, self.name, self._ending.reason, self._ending.message)
+        return Step(loss, self.name)
+
+    @property
+    def incumbent(self) -> Incumbent:
+        """What the solver returned; while it runs, the best of its own points (probes excluded)."""
+        if self._ending is not None:
+            return Incumbent(self._ending.loss, self._ending.x)
+        return self._best
+
+    def close(self) -> None:
+        """Unwind the solver; the state can still be saved."""
+        self._drop_carrier()
+        self._closed = True
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Method, start, journal and a fingerprint of versions and settings."""
+        ending = self._ending
+        return {
+            "method": str(self.method),
+            "start": self.start.state_dict(),
+            "journal": None if self._journal_full else self._journal.state_dict(),
+            "incumbent": [self.incumbent.loss, torch.tensor(self.incumbent.x)],
+            "ending": None if ending is None else [ending.reason.value, ending.message],
+            "notes": list(self.notes),
+            "fingerprint": fingerprint(*self.method.libraries),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
+        """See `Optimizer.load_state_dict`. The solver is revived at the next question, not here.
+
+        Raises:
+            StateError: the state belongs to a method with other options, or its journal had grown too large.
+        """
+        if state["method"] != str(self.method):
+            raise StateError(
+                f"state: it was saved by {state['method']!r}, this is {str(self.method)!r}; a solver can only go on "
+                "with the options it began with"
+            )
+        loss, x = state["incumbent"]
+        self._drop_carrier()
+        self.start = Start.from_state(state["start"])
+        self.notes = list(state["notes"])
+        self._exact = exact
+        self._saved_fingerprint = dict(state["fingerprint"])
+        self._best = Incumbent(loss, x.numpy().copy())
+        self._journal = Journal()
+        self._ending = None
+        if state["journal"] is not None:
+            self._journal.load_state_dict(state["journal"])
+        elif exact:
+            raise StateError(
+                f"{self.name}: the journal had passed {JOURNAL_LIMIT} bytes, so an exact resume is impossible; load "
+                "with exact=False to start anew from the best point"
+            )
+        else:
+            self._restart("its journal had grown too large")
+        if state["ending"] is not None:
+            reason, message = state["ending"]
+            self._ending = Ending(Reason(reason), message, loss, self._best.x if self._best.x is not None else x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the journal, not the live solver."""
+        return self.__dict__ | {"_carrier": None, "_pending": None}
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _record(self, request: Request, answer: Answer) -> None:
+        if not self._journal_full:
+            self._journal.append(request, answer)
+            if self._journal.nbytes > JOURNAL_LIMIT:
+                self._journal_full = True
+                self._journal = Journal()
+                warnings.warn(
+                    f"{self.name}: the journal passed {JOURNAL_LIMIT} bytes; this run can no longer be resumed "
+                    "exactly (a resume will start anew from the best point)",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        self._note_best(request, answer)
+
+    def _note_best(self, request: Request, answer: Answer) -> None:
+        if request.kind is Kind.GRADIENT:
+            return
+        self._last_value = answer.loss
+        if request.probe or not answer.loss < self._best.loss:
+            return
+        x = request.x
+        if answer.losses is not None and x is not None:
+            x = x[int(np.argmin(answer.losses))].copy()
+        self._best = Incumbent(answer.loss, x)
+
+    def _launch(self) -> Request | Done:
+        method, start, notes = self.method, self.start, self.notes
+
+        def body(question: Question) -> Ending:
+            return method.solve(Ask(question, notes), start)
+
+        self._carrier = carry(body, method.isolation)
+        return self._carrier.advance(None)
+
+    def _revive(self) -> None:
+        """Run the solver (again) up to its first unanswered question."""
+        self._drop_carrier()
+        if self._journal_full:
+            raise ReplayMismatch(
+                f"{self.name}: its journal was dropped (too large), so it cannot go on in another thread or copy"
+            )
+        journal = self._journal
+        journal.rewind()
+        self._best = Incumbent(math.inf, self.start.x0)
+        out = self._launch()
+        for i in range(len(journal)):
+            if isinstance(out, Done) or not journal.matches(out):
+                self._mismatch(i, out)
+                return
+            answer = journal.next()
+            self._note_best(out, answer)
+            assert self._carrier is not None
+            out = self._carrier.advance(answer)
+        if isinstance(out, Done):
+            if len(journal) == 0:
+                raise StateError(f"{self.name}: the solver ended without asking a single question: {out.value}")
+            self._end(out.value)
+        else:
+            self._pending = out
+
+    def _mismatch(self, index: int, out: Request | Done) -> None:
+        saved = getattr(self, "_saved_fingerprint", fingerprint(*self.method.libraries))
+        changed = differences(saved, fingerprint(*self.method.libraries))
+        asked = "the solver ended" if isinstance(out, Done) else f"it asked for a {out.kind.value}"
+        text = (
+            f"{self.name}: question {index + 1} of {len(self._journal)} differs from the recorded one ({asked}); "
+            f"changed since: {changed}"
+        )
+        if self._exact:
+            raise ReplayMismatch(text + ". Load with exact=False to start anew from the best point")
+        journal = self._journal
+        journal.rewind()
+        self._restart(text)
+        self._pending_or_end(self._launch())
+
+    def _restart(self, why: str) -> None:
+        """Give the old path up: begin again at the incumbent, with an empty journal."""
+        self._drop_carrier()
+        best = self.incumbent
+        x0 = self.start.x0 if best.x is None else best.x
+        self.start = Start(
+            x0, self.start.lower, self.start.upper, self.start.eps, self.start.seed, self.start.sigma, self.start.names
+        )
+        self._journal = Journal()
+        self._ending = None
+        self._best = Incumbent(best.loss, x0)
+        self.notes.append(f"started anew from the best point: {why}")
+
+    def _pending_or_end(self, out: Request | Done) -> None:
+        if isinstance(out, Done):
+            self._end(out.value)
+        else:
+            self._pending = out
+
+    def _end(self, ending: Ending) -> None:
+        self._ending = ending._replace(x=np.array(ending.x, dtype=np.float64), loss=float(ending.loss))
+        self._drop_carrier()
+
+    def _drop_carrier(self) -> None:
+        carrier, self._carrier, self._pending = self._carrier, None, None
+        if carrier is not None:
+            carrier.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.name}: it was closed; start it again, or load its state into a new one")

@@ -1,0 +1,207 @@
+"""Methods as text: `dual_annealing(evaluations=500) > slsqp(ftol=1e-12)`, read and printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hybridopt.errors import BudgetError, MethodError
+from hybridopt.optimizer import Method
+from hybridopt.registry import composition, factory, nearest
+
+LIMITS = ("evaluations", "forward_equivalents", "seconds", "target", "steps")
+_WORDS = {"None": None, "True": True, "False": False, "true": True, "false": False}
+_TOKEN = re.compile(
+    r"""\s*(?:
+        (?P<number>[+-]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf\b|nan\b))
+      | (?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[.:][A-Za-z_][A-Za-z0-9_]*)*)
+      | (?P<string>"[^"]*"|'[^']*')
+      | (?P<mark>[()=,>\[\]])
+    )""",
+    re.VERBOSE,
+)
+
+
+def method(spec: str | type | Method, **options: Any) -> Method:
+    """A method from text, a name, a class, or a method.
+
+    Args:
+        spec: a registered name (`"slsqp"`, `"scipy.slsqp"`); text with options and chains
+            (`"dual_annealing(evaluations=500) > slsqp(ftol=1e-12)"`); a `Method` class; or a
+            `torch.optim.Optimizer` class.
+        **options: its options, for a name or class.
+
+    Raises:
+        MethodError: unknown name or option (the nearest known ones are shown), or text that cannot be read (the
+            place is shown).
+
+    Example:
+        >>> method("slsqp", ftol=1e-9) == method("slsqp(ftol=1e-9)")
+        True
+        >>> str(method("slsqp(evaluations=50) > adam(lr=.1)"))
+        'scipy.slsqp(evaluations=50) > torch.adam(lr=0.1)'
+    """
+    if isinstance(spec, Method):
+        return dataclasses.replace(spec, **options) if options else spec  # type: ignore[type-var]
+    if isinstance(spec, str):
+        if re.fullmatch(r"\s*[\w.:]+\s*", spec):
+            return build(spec.strip(), options)
+        if options:
+            raise MethodError(f"method: options belong inside the text here: {spec!r} and {options!r}")
+        return _Parser(spec).read()
+    if isinstance(spec, type) and issubclass(spec, Method):
+        return _call(spec, spec.name, options)
+    made: Method = composition("torch")(spec, options)
+    return made
+
+
+def build(name: str, options: Mapping[str, Any]) -> Method:
+    """The named method with options; limits among the options make it a stage."""
+    limits = {k: v for k, v in options.items() if k in LIMITS}
+    rest = {k: v for k, v in options.items() if k not in LIMITS}
+    made = _call(factory(name), name, rest)
+    return made.limit(**limits) if limits else made
+
+
+def _call(make: Any, name: str, options: Mapping[str, Any]) -> Method:
+    if dataclasses.is_dataclass(make):
+        known = [f.name for f in dataclasses.fields(make)]
+        for option in options:
+            if option not in known:
+                raise MethodError(f"{name}: unknown option {option!r}{nearest(option, [*known, *LIMITS])}")
+    result = make(**options)
+    if not isinstance(result, Method):
+        raise MethodError(f"{name}: its plugin made a {type(result).__name__}, expected a Method")
+    return result
+
+
+def print_call(label: str, options: Mapping[str, Any]) -> str:
+    """`label(a=1, b=word)`, or the label alone without options."""
+    if not options:
+        return label
+    return f"{label}({', '.join(f'{k}={print_value(v)}' for k, v in options.items())})"
+
+
+def print_value(value: Any) -> str:
+    """A value as the parser reads it back."""
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value not in _WORDS and value not in ("inf", "nan")
+        return value if plain else repr(value)
+    if isinstance(value, tuple | list):
+        inner = ", ".join(map(print_value, value))
+        return f"({inner}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+class _Parser:
+    """Recursive descent: chain = stage (">" stage)*; stage = "(" chain ")" limits? | name arguments?."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.kind, self.token, self.start = "", "", 0
+        self.advance()
+
+    def read(self) -> Method:
+        result = self.chain()
+        if self.kind != "end":
+            raise self.error("expected '>' or the end")
+        return result
+
+    def advance(self) -> None:
+        if not self.text[self.at :].strip():
+            self.kind, self.token, self.start = "end", "", len(self.text)
+            return
+        match = _TOKEN.match(self.text, self.at)
+        if match is None:
+            self.start = self.at + len(self.text[self.at :]) - len(self.text[self.at :].lstrip())
+            raise self.error("unexpected character")
+        self.kind = str(match.lastgroup)
+        self.token, self.start, self.at = match.group(self.kind), match.start(self.kind), match.end()
+
+    def error(self, what: str) -> MethodError:
+        return MethodError(f"method: {what}, at character {self.start + 1}:\n  {self.text}\n  {' ' * self.start}^")
+
+    def take(self, mark: str) -> bool:
+        if self.kind == "mark" and self.token == mark:
+            self.advance()
+            return True
+        return False
+
+    def need(self, mark: str, what: str) -> None:
+        if not self.take(mark):
+            raise self.error(f"expected {mark!r} {what}")
+
+    def chain(self) -> Method:
+        stages = [self.stage()]
+        while self.take(">"):
+            stages.append(self.stage())
+        if len(stages) == 1:
+            return stages[0]
+        made: Method = composition("chain")(stages)
+        return made
+
+    def stage(self) -> Method:
+        if self.take("("):
+            inner = self.chain()
+            self.need(")", "to close the group")
+            limits, at = self.arguments()
+            return self.checked(at, lambda: inner.limit(**limits)) if limits else inner
+        if self.kind != "name":
+            raise self.error("expected a method's name")
+        name, at = self.token, self.start
+        self.advance()
+        options, _ = self.arguments()
+        return self.checked(at, lambda: build(name, options))
+
+    def checked(self, at: int, make: Any) -> Method:
+        try:
+            made: Method = make()
+        except (MethodError, BudgetError, TypeError) as error:
+            if "at character" in str(error):
+                raise
+            self.start = at
+            raise self.error(str(error).removeprefix("method: ")) from error
+        return made
+
+    def arguments(self) -> tuple[dict[str, Any], int]:
+        found: dict[str, Any] = {}
+        at = self.start
+        if not self.take("("):
+            return found, at
+        while not self.take(")"):
+            if self.kind != "name":
+                raise self.error("expected an option's name or ')'")
+            name = self.token
+            if name in found:
+                raise self.error(f"the option {name!r} is given twice")
+            self.advance()
+            self.need("=", f"after {name!r}")
+            found[name] = self.value()
+            if not (self.kind == "mark" and self.token == ")"):
+                self.need(",", "or ')' after a value")
+        return found, at
+
+    def value(self) -> Any:
+        kind, token = self.kind, self.token
+        if kind == "number":
+            self.advance()
+            plain = token.replace("_", "")
+            return int(plain) if re.fullmatch(r"[+-]?[0-9]+", plain) else float(plain)
+        if kind == "string":
+            self.advance()
+            return token[1:-1]
+        if kind == "name":
+            self.advance()
+            return _WORDS.get(token, token)
+        for opening, closing in ("()", "[]"):
+            if self.take(opening):
+                items = []
+                while not self.take(closing):
+                    items.append(self.value())
+                    if not (self.kind == "mark" and self.token == closing):
+                        self.need(",", f"or {closing!r} after a value")
+                return tuple(items)
+        raise self.error("expected a value")

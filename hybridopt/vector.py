@@ -1,0 +1,278 @@
+"""A model's chosen weights as one flat vector, and back."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from hybridopt.bounds import Bounds, read_bounds, read_scale
+from hybridopt.errors import SelectionError
+from hybridopt.selection import Named, named_tensors, select_tensors
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+Select: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+
+
+class Owner(Protocol):
+    """Whoever keeps its iterate in the model's own tensors (an in-place torch optimizer)."""
+
+    def evicted(self) -> None:
+        """Save the iterate: somebody else is about to write the weights."""
+
+
+class ParameterVector:
+    """The chosen weights of a model as one flat float64 vector of length `n`, and back.
+
+    The flat order is the order of `names`; within a tensor it is row-major (logical) order, whatever its
+    strides. Every weight keeps its own dtype, device and strides: `write` rounds each value to its weight's
+    dtype. Nothing is copied until asked for; the tensors stay the model's own.
+
+    Two coordinate systems exist. *Weights* are what the model holds; `read`, `write`, `unflatten`, `lower` and
+    `upper` speak weights. *Solver coordinates* are weights divided by `scale`; `encode` and `decode` convert.
+    Without a scale they are the same numbers, bit for bit.
+
+    Args:
+        source: a `torch.nn.Module`; one tensor; a sequence of tensors; a mapping from names to tensors; or torch
+            parameter groups (dicts with a `"params"` entry).
+        select: which weights. A glob pattern (`"head.*"`), several patterns, or a predicate
+            `(name, tensor) -> bool`. Default None: of a module, every parameter that requires a gradient;
+            otherwise all tensors given. A frozen weight is taken only if selected by name.
+        bounds: None (default, unbounded), one pair `(low, high)` for all weights, an array of shape (n, 2), or a
+            mapping from patterns to pairs. Bounds are tightened to the nearest numbers that the weight's dtype
+            can hold, so a rounded weight never leaves them.
+        scale: None (default), `"start"` = max(|x0|, root mean square of its tensor, 1e-3) for each weight, a
+            positive number, an array of shape (n,), or a mapping from patterns to positive numbers.
+
+    Raises:
+        SelectionError: the selection is empty, patterns overlap, or a weight is complex, integer, nan, on the
+            meta device, or shares memory with another one under a different shape.
+        BoundsError: bounds have the wrong shape, low >= high, or the start lies outside.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> vector = ParameterVector(model, bounds={"weight": (-1, 1)})
+        >>> vector.n, vector.names, vector.slices["bias"]
+        (3, ('weight', 'bias'), slice(2, 3, None))
+        >>> vector.write([0.5, -0.5, 2.0])
+        >>> model.bias.item(), vector.read().tolist()
+        (2.0, [0.5, -0.5, 2.0])
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        select: Select = None,
+        *,
+        bounds: Any = None,
+        scale: Any = None,
+    ) -> None:
+        named: Named = select_tensors(named_tensors(source), select)
+        self.source = source
+        self.module: nn.Module | None = source if isinstance(source, nn.Module) else None
+        self.names: tuple[str, ...] = tuple(named.tensors)
+        self.tensors: tuple[Tensor, ...] = tuple(named.tensors.values())
+        self.aliases: dict[str, str] = named.aliases
+        self.groups: list[dict[str, Any]] | None = named.groups
+        self.sizes: tuple[int, ...] = tuple(t.numel() for t in self.tensors)
+        ends = np.cumsum((0, *self.sizes)).tolist()
+        self.n: int = ends[-1]
+        self.slices: dict[str, slice] = {
+            name: slice(a, b) for name, a, b in zip(self.names, ends, ends[1:], strict=False)
+        }
+        self.epoch = 0
+        self._owner: Owner | None = None
+        self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
+        x0 = self.read()
+        self._check_start(x0)
+        parts: Bounds = read_bounds(bounds, self.slices, self.tensors, x0)
+        self.lower: FloatArray = parts.lower
+        self.upper: FloatArray = parts.upper
+        self.bounded: bool = bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
+        self.scale: FloatArray | None = read_scale(scale, self.slices, x0)
+
+    # -- reading and writing ------------------------------------------------------------------------------------
+
+    def read(self) -> FloatArray:
+        """The weights as they stand: a new array, shape (n,), float64. One copy of 8n bytes; waits for the device."""
+        if not self.tensors:
+            return np.empty(0)
+        with torch.no_grad():
+            flat = [t.reshape(-1).to("cpu", torch.float64) for t in self.tensors]
+            return torch.cat(flat).numpy()
+
+    def write(self, x: npt.ArrayLike) -> None:
+        """Set the weights from `x`, shape (n,), rounding to each weight's dtype; strides and devices are kept.
+
+        In-place optimizers that hold their iterate in these tensors are told first and save it.
+
+        Raises:
+            ValueError: `x` has another shape than (n,).
+        """
+        if self._owner is not None:
+            self.claim(None)
+        self.epoch += 1
+        if self._staging is None:
+            buffer = np.empty(self.n)
+            pieces = torch.from_numpy(buffer).split(list(self.sizes))
+            views = [piece.view(t.shape) for piece, t in zip(pieces, self.tensors, strict=True)]
+            self._staging = (buffer, views)
+        buffer, views = self._staging
+        if np.shape(x) != buffer.shape:
+            raise ValueError(f"x: expected shape ({self.n},), one number per weight, got {np.shape(x)}")
+        buffer[:] = x
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors, views)
+
+    def unflatten(self, x: Tensor) -> dict[str, Tensor]:
+        """The tensors that `x` stands for, by name; differentiable in `x` and safe under `torch.func.vmap`.
+
+        Args:
+            x: shape (n,), any floating dtype and device.
+
+        Returns:
+            name -> tensor with that weight's shape, dtype and device, contiguous. Tied weights appear under their
+            first name; `torch.func.functional_call(..., tie_weights=True)` (its default) restores the ties.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1)
+            >>> vector = ParameterVector(model)
+            >>> x = torch.tensor([3.0, 1.0], requires_grad=True)
+            >>> y = torch.func.functional_call(model, vector.unflatten(x), (torch.tensor([2.0]),))
+            >>> y.sum().backward()
+            >>> x.grad
+            tensor([2., 1.])
+        """
+        if x.shape != (self.n,):
+            raise ValueError(f"x: expected shape ({self.n},), one number per weight, got {tuple(x.shape)}")
+        parts = x.split(list(self.sizes))
+        return {
+            name: part.view(t.shape).to(device=t.device, dtype=t.dtype)
+            for name, part, t in zip(self.names, parts, self.tensors, strict=True)
+        }
+
+    def gather(self, parts: Iterable[Tensor | None]) -> FloatArray:
+        """One value per weight, given as tensors in the order of `names` (None counts as zeros), flat in float64."""
+        pieces = [
+            torch.zeros(t.numel(), dtype=torch.float64) if p is None else p.reshape(-1).to("cpu", torch.float64)
+            for p, t in zip(parts, self.tensors, strict=True)
+        ]
+        return torch.cat(pieces).numpy()
+
+    # -- solver coordinates -------------------------------------------------------------------------------------
+
+    def encode(self, x: FloatArray) -> FloatArray:
+        """Weights -> solver coordinates, shape (..., n); the same object when there is no scale."""
+        return x if self.scale is None else x / self.scale
+
+    def decode(self, z: FloatArray) -> FloatArray:
+        """Solver coordinates -> weights, shape (..., n), kept inside the bounds against rounding of `z * scale`."""
+        if self.scale is None:
+            return z
+        x: FloatArray = np.clip(z * self.scale, self.lower, self.upper)
+        return x
+
+    @property
+    def eps(self) -> FloatArray:
+        """Machine epsilon of each weight's dtype, shape (n,): what a difference step must be large against."""
+        return np.repeat([torch.finfo(t.dtype).eps for t in self.tensors], self.sizes)
+
+    def outside(self, x: FloatArray) -> bool:
+        """Whether any row of `x` (weights, shape (..., n)) lies outside the bounds."""
+        return self.bounded and bool(((x < self.lower) | (x > self.upper)).any())
+
+    # -- snapshots in the weights' own dtype --------------------------------------------------------------------
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of the weights in their own dtype, device and strides."""
+        with torch.no_grad():
+            return [t.detach().clone(memory_format=torch.preserve_format) for t in self.tensors]
+
+    def copy_to(self, shadow: list[Tensor]) -> None:
+        """Overwrite an earlier `snapshot()` with the weights as they stand."""
+        with torch.no_grad():
+            torch._foreach_copy_(shadow, self.tensors)
+
+    def restore(self, shadow: Sequence[Tensor]) -> None:
+        """Set the weights from a `snapshot()`."""
+        self.epoch += 1
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors, list(shadow))
+
+    def project(self) -> None:
+        """Clamp the weights, in place, to the bounds."""
+        if not self.bounded:
+            return
+        self.epoch += 1
+        with torch.no_grad():
+            for t, low, high in zip(self.tensors, *self._bound_tensors(), strict=True):
+                torch.clamp_(t, low, high)
+
+    def _bound_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        sides = []
+        for side in (self.lower, self.upper):
+            pieces = torch.from_numpy(side).split(list(self.sizes))
+            sides.append([p.view(t.shape).to(t) for p, t in zip(pieces, self.tensors, strict=True)])
+        return sides[0], sides[1]
+
+    # -- who holds the weights ----------------------------------------------------------------------------------
+
+    def claim(self, owner: Owner | None) -> bool:
+        """Make `owner` the one whose iterate the tensors hold; the previous one saves its own first.
+
+        Returns:
+            True if the weights may have changed since `owner` last held them (it must put its iterate back).
+        """
+        if self._owner is owner:
+            return False
+        previous, self._owner = self._owner, None
+        if previous is not None:
+            previous.evicted()
+        self._owner = owner
+        return True
+
+    def release(self, owner: Owner) -> None:
+        """Forget `owner` without asking it to save; the weights stay as they stand."""
+        if self._owner is owner:
+            self._owner = None
+
+    def touch(self) -> None:
+        """Say that the weights were changed in place, so that graphs of older values are not used again."""
+        self.epoch += 1
+
+    def matching(self, pattern: str) -> list[str]:
+        """Names that match a glob pattern."""
+        return [name for name in self.names if fnmatch.fnmatchcase(name, pattern)]
+
+    def describe(self) -> Mapping[str, Any]:
+        """Plain facts that a saved state is checked against: names, shapes and dtypes."""
+        return {
+            "names": list(self.names),
+            "shapes": [list(t.shape) for t in self.tensors],
+            "dtypes": [str(t.dtype) for t in self.tensors],
+        }
+
+    def __repr__(self) -> str:
+        bounds = "bounded" if self.bounded else "unbounded"
+        scale = "" if self.scale is None else ", scaled"
+        return f"ParameterVector({self.n} weights in {len(self.names)} tensors, {bounds}{scale})"
+
+    def _check_start(self, x0: FloatArray) -> None:
+        if self.n == 0:
+            raise SelectionError(
+                f"weights: expected at least one, the selected tensors {list(self.names)} hold none"
+            )
+        for name, part in self.slices.items():
+            if not np.isfinite(x0[part]).all():
+                bad = int((~np.isfinite(x0[part])).sum())
+                raise SelectionError(
+                    f"weights: {name!r} holds {bad} value(s) that are nan or inf; every start weight must be "
+                    "finite: initialise the model, or leave this weight out with select="
+                )
