@@ -39,4 +39,6 @@ _CLASSES = {value.partition(":")[2]: name for name, value in BUILTIN.items()}
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return factory(_CLASSES[name])
-    raise AttributeError(f"module 'hybridopt.adapters' has no attribute {name!r}; known: {', '.join(sorted(_CLASSES))}")
+    raise AttributeError(
+        f"module 'hybridopt.adapters' has no attribute {name!r}; known: {', '.join(sorted(_CLASSES))}"
+    )

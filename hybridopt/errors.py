@@ -64,7 +64,7 @@ class ClosedError(HybridoptError, RuntimeError):
     """An optimizer or objective was used after `close()`."""
 
 
-class Stop(Exception):  # noqa: N818 - a signal, not a fault
+class Stop(Exception):
     """A limit of `ledger` forbids the next evaluation; raised before it begins.
 
     Not a `HybridoptError`: it is the ordinary end of a run or stage. The harness turns it into `Result.reason`.

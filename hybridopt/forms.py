@@ -41,10 +41,10 @@ class _LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Any]) -> None:
         super().__init__()
         self.model = model
-        object.__setattr__(self, "loss", loss)  # a loss that is itself a module is not a submodule here
+        self._loss = [loss]  # in a list, so that a loss which is itself a module does not become a submodule
 
     def forward(self) -> Any:
-        return self.loss(self.model)
+        return self._loss[0](self.model)
 
 
 def as_vector(target: Any, select: Any = None, bounds: Any = None, scale: Any = None) -> ParameterVector:

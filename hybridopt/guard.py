@@ -24,7 +24,10 @@ class ModelGuard:
         self._slots: list[tuple[dict[str, Tensor | None], str]] = []
         if module is not None:
             self._slots = [
-                (sub._buffers, name) for sub in module.modules() for name, b in sub._buffers.items() if b is not None
+                (sub._buffers, name)
+                for sub in module.modules()
+                for name, b in sub._buffers.items()
+                if b is not None
             ]
         self._base: list[Tensor] = []
         self._versions: list[tuple[int, int]] = []

@@ -59,7 +59,9 @@ class Run:
         limits = Budget.parse(budget)
         if isinstance(loss, Objective):
             if target is not None or objective:
-                raise BudgetError("minimize: an Objective brings its target and options; pass only method and budget")
+                raise BudgetError(
+                    "minimize: an Objective brings its target and options; pass only method and budget"
+                )
             self.objective = loss
             self.objective.ledger.limit(limits)
         else:
@@ -102,6 +104,11 @@ class Run:
 
     # -- ending -------------------------------------------------------------------------------------------------
 
+    def end(self, message: str = "") -> None:
+        """Let the run do no further step, as if the user had interrupted it; nothing if it has ended already."""
+        if self.reason is None:
+            self.reason, self.message = Reason.INTERRUPTED, message
+
     def finish(self, reason: Reason = Reason.INTERRUPTED) -> Result:
         """End the run: the model gets the kept point, everything else is as found. Calling it twice is allowed.
 
@@ -125,7 +132,7 @@ class Run:
     def _conclude(self, reason: Reason) -> Result:
         objective, ledger = self.objective, self.objective.ledger
         own = self.optimizer.incumbent
-        if objective.keeps_best:
+        if ledger.best_point is not None and objective.keeps_best:
             objective.restore_best()
         elif own.x is not None:
             objective.vector.write(objective.vector.decode(own.x))
@@ -146,8 +153,8 @@ class Run:
             nonfinite=ledger.nonfinite,
             stochastic=objective.stochastic,
             steps=self.steps,
-            stages=tuple(getattr(self.optimizer, "reports", ())),
-            notes=tuple(getattr(self.optimizer, "notes", ())),
+            stages=self.optimizer.reports,
+            notes=tuple(self.optimizer.notes),
         )
 
     def __enter__(self) -> Run:
@@ -163,8 +170,10 @@ class Run:
     # -- saving -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit: tensors, numbers, strings. `torch.save` it; it loads with
-        `weights_only=True`. May be called between any two steps."""
+        """Everything needed to go on bit for bit, as tensors, numbers, strings, lists and dicts.
+
+        May be called between any two steps. `torch.save` it; it loads with `weights_only=True`.
+        """
         return {
             "version": STATE_VERSION,
             "method": str(self.method),
@@ -249,14 +258,17 @@ def minimize(
         if file is not None and file.exists():
             state = torch.load(file, weights_only=True)
             if seed is not None and state.get("seed") != seed:
-                raise StateError(f"checkpoint {file}: it was saved with seed {state.get('seed')}, got seed={seed}")
+                raise StateError(
+                    f"checkpoint {file}: it was saved with seed {state.get('seed')}, got seed={seed}"
+                )
             run.load_state_dict(state, exact=exact)
         saved = time.monotonic()
         for done in run:
-            if any([callback(run, done) for callback in todo]) and run.reason is None:
-                run.reason, run.message = Reason.INTERRUPTED, "a callback ended the run"
+            for callback in todo:
+                if callback(run, done):
+                    run.end("a callback ended the run")
             if interrupt.seen:
-                run.reason = run.reason or Reason.INTERRUPTED
+                run.end()
             if file is not None and time.monotonic() - saved >= checkpoint_seconds:
                 _save(run.state_dict(), file)
                 saved = time.monotonic()

@@ -12,7 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hybridopt.errors import BoundsError, ClosedError, MissingGradient, NonFiniteLoss, ObjectiveError, StateError, Stop
+from hybridopt.errors import (
+    BoundsError,
+    ClosedError,
+    MissingGradient,
+    NonFiniteLoss,
+    ObjectiveError,
+    StateError,
+    Stop,
+)
 from hybridopt.forms import Form, as_number, as_vector, bind_loss
 from hybridopt.guard import ModelGuard
 from hybridopt.ledger import Budget, Ledger, Reason
@@ -200,7 +208,9 @@ class Objective:
             self._on_nonfinite(value, first and (want_gradient or request.keep_graph))
             if gradient is not None:
                 gradient = np.zeros_like(gradient)
-        return Answer(value if finite else math.inf, None, gradient, finite, surrogate=self.surrogate is not None)
+        return Answer(
+            value if finite else math.inf, None, gradient, finite, surrogate=self.surrogate is not None
+        )
 
     def _answer_gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         """The gradient at the point just valued, from its kept graph; the forward is repeated only if it was lost."""
@@ -307,7 +317,9 @@ class Objective:
             kept = _Kept(graph, None, self.vector.epoch)
         return value, kept
 
-    def _differentiate(self, kept: _Kept | None, request: Request, finite: bool) -> tuple[FloatArray | None, bool]:
+    def _differentiate(
+        self, kept: _Kept | None, request: Request, finite: bool
+    ) -> tuple[FloatArray | None, bool]:
         """Gradients of the surrogate or of the kept value, put where the request wants them."""
         if not finite:
             return self._collect([None] * len(self.vector.tensors), request)
@@ -345,7 +357,9 @@ class Objective:
         finite = bool(np.isfinite(flat).all())
         return (flat if self.vector.scale is None else flat * self.vector.scale), finite
 
-    def _book(self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool) -> None:
+    def _book(
+        self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool
+    ) -> None:
         for ledger in ledgers:
             ledger.forward += forward
             ledger.backward += backward
@@ -403,9 +417,8 @@ class Objective:
         Example:
             >>> import torch
             >>> objective = Objective(lambda x: (x**2).sum(), torch.ones(2))
-            >>> torch.func.hessian(objective.functional())(torch.zeros(2))
-            tensor([[2., 0.],
-                    [0., 2.]])
+            >>> torch.func.grad(objective.functional())(torch.tensor([1.0, 3.0]))
+            tensor([2., 6.])
         """
         pure = self.loss.functional
         if pure is None:
@@ -426,7 +439,9 @@ class Objective:
             "ledger": self.ledger.state_dict(),
             "best": None if point is None else point.state_dict(),
             "randomness": self.randomness.state_dict(),
-            "partial": None if partial is None else [torch.tensor(partial[0]), torch.tensor(partial[1], dtype=torch.float64)],
+            "partial": None
+            if partial is None
+            else [torch.tensor(partial[0]), torch.tensor(partial[1], dtype=torch.float64)],
             "closure_backward": self._closure_backward,
             "warned": self._warned,
             "buffers": self._guard.copy_buffers(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -110,12 +110,33 @@ class HandOver(NamedTuple):
     sigma: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class StageReport:
+    """What one stage did: spent counters, its own best loss, and why it ended (None: it was still at work)."""
+
+    method: str
+    reason: Reason | None
+    message: str
+    best_loss: float
+    spent: Mapping[str, Any]
+
+
 @runtime_checkable
 class Optimizer(Protocol):
     """A method at work on one model: asks, is told, and never computes a loss itself."""
 
     name: str
     needs: frozenset[Need]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of the work so far: a refused gradient, a restart."""
+        ...
+
+    @property
+    def reports(self) -> tuple[StageReport, ...]:
+        """One report for each stage begun; empty for a single method."""
+        ...
 
     def ask(self) -> Request:
         """What it wants to know next. Asking twice without telling returns an equal request."""
@@ -218,7 +239,8 @@ class Method(abc.ABC):
             return NotImplemented
         from hybridopt.registry import composition
 
-        return composition("chain")((self, other))
+        chained: Method = composition("chain")((self, other))
+        return chained
 
     def limit(self, budget: Any = None, *, steps: int | None = None, **limits: Any) -> Method:
         """This method as a stage that ends after the given budget and/or number of steps.
@@ -235,7 +257,8 @@ class Method(abc.ABC):
             parsed = Budget(**limits)  # a stage may have a target alone: its run has a budget
         elif budget is not None:
             parsed = Budget.parse(budget)
-        return composition("stage")(self, parsed, steps)
+        staged: Method = composition("stage")(self, parsed, steps)
+        return staged
 
 
 def require_box(vector: ParameterVector, method: str) -> None:

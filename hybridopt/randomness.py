@@ -10,6 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+# public since NumPy 1.24, but missing from its type stubs
+_get_bit_generator = np.random.get_bit_generator  # type: ignore[attr-defined]
+_set_bit_generator = np.random.set_bit_generator  # type: ignore[attr-defined]
+
 NoisePolicy = Literal["shared", "independent", "fixed"]
 NOISE_POLICIES: tuple[NoisePolicy, ...] = ("shared", "independent", "fixed")
 
@@ -33,7 +37,9 @@ class Randomness:
     sampled loss deterministic (sample average approximation).
     """
 
-    def __init__(self, seed: int, devices: Iterable[torch.device] = (), policy: NoisePolicy = "shared") -> None:
+    def __init__(
+        self, seed: int, devices: Iterable[torch.device] = (), policy: NoisePolicy = "shared"
+    ) -> None:
         self.policy = policy
         seed = derive_seed(seed, "noise")
         self._generators = [torch.default_generator]
@@ -56,8 +62,12 @@ class Randomness:
     def open(self) -> None:
         """Take the caller's NumPy and Python generators away until `close`."""
         if self._found is None:
-            self._found = (np.random.get_bit_generator(), np.random.get_state(legacy=False), random.getstate())
-            np.random.set_bit_generator(self._numpy)
+            self._found = (
+                _get_bit_generator(),
+                np.random.get_state(legacy=False),
+                random.getstate(),
+            )
+            _set_bit_generator(self._numpy)
             random.setstate(self._python)
 
     def close(self) -> None:
@@ -66,7 +76,7 @@ class Randomness:
             bit_generator, state, python = self._found
             self._found = None
             self._python = random.getstate()
-            np.random.set_bit_generator(bit_generator)
+            _set_bit_generator(bit_generator)
             np.random.set_state(state)
             random.setstate(python)
 
@@ -81,7 +91,7 @@ class Randomness:
         self._lent = [g.get_state() for g in self._generators]
         for generator, state in zip(self._generators, self._torch, strict=True):
             generator.set_state(state)
-        np.random.set_bit_generator(self._numpy)  # also forgets a cached normal number
+        _set_bit_generator(self._numpy)  # also forgets a cached normal number
         self._numpy.state = self._numpy_state
         if self._uses_python:
             random.setstate(self._python)

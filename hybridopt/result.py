@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.ledger import Reason
+from hybridopt.optimizer import StageReport
 from hybridopt.vector import FloatArray
 
 
@@ -44,8 +45,8 @@ class Result:
     stochastic: bool
     """Whether the loss was seen to draw random numbers: `params` is then where the method stood at the end."""
     steps: int
-    stages: tuple[Any, ...] = ()
-    """A chain's `StageReport`s."""
+    stages: tuple[StageReport, ...] = ()
+    """A chain's stages; empty for a single method."""
     notes: tuple[str, ...] = ()
     """What the user should know: a refused gradient, a restart."""
 
@@ -53,7 +54,8 @@ class Result:
     def x(self) -> FloatArray:
         """The kept weights, flat: shape (n,), float64."""
         return np.concatenate(
-            [p.detach().reshape(-1).to("cpu", torch.float64).numpy() for p in self.params.values()] or [np.empty(0)]
+            [p.detach().reshape(-1).to("cpu", torch.float64).numpy() for p in self.params.values()]
+            or [np.empty(0)]
         )
 
     @property

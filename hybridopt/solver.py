@@ -27,6 +27,7 @@ from hybridopt.optimizer import (
     Need,
     Optimizer,
     Request,
+    StageReport,
     Step,
     require_box,
 )
@@ -187,6 +188,8 @@ class SolverRun:
     another thread revives the solver by running it again on the recorded answers, checking by digest that it asks
     the same questions.
     """
+
+    reports: tuple[StageReport, ...] = ()
 
     def __init__(self, method: BlockingMethod, start: Start) -> None:
         self.method = method

@@ -78,9 +78,22 @@ class RunLog:
         """All rows in order."""
         for i, stage in enumerate(self._stage):
             method, place = self._stages[stage]
-            counts = (c[i] for c in self._counts)
-            numbers = (c[i] for c in self._numbers)
-            yield Row(self.label, self.seed, method, place, *counts, *numbers, bool(self._probe[i]))
+            evaluations, forward, backward = (c[i] for c in self._counts)
+            equivalents, seconds, loss, best = (c[i] for c in self._numbers)
+            yield Row(
+                self.label,
+                self.seed,
+                method,
+                place,
+                evaluations,
+                forward,
+                backward,
+                equivalents,
+                seconds,
+                loss,
+                best,
+                bool(self._probe[i]),
+            )
 
     def column(self, name: str) -> list[float]:
         """One column as a list: evaluations, forward, backward, forward_equivalents, seconds, loss or best_loss."""
@@ -100,7 +113,7 @@ class Tracker:
         >>> _ = hybridopt.minimize(f, np.ones(2), "cmaes", budget=20, seed=0, tracker=tracker)
         >>> _ = hybridopt.minimize(f, np.ones(2), "slsqp", budget=20, seed=0, tracker=tracker)
         >>> [(log.label, len(log)) for log in tracker.runs]
-        [('cma.cmaes', 20), ('scipy.slsqp', 6)]
+        [('cma.cmaes', 20), ('scipy.slsqp', 7)]
     """
 
     def __init__(self) -> None:
@@ -125,7 +138,12 @@ class Tracker:
         """`{"runs": [{"label", "seed", "result", "rows": [...]}]}`, ready for JSON but for nan and inf."""
         return {
             "runs": [
-                {"label": r.label, "seed": r.seed, "result": r.result, "rows": [row._asdict() for row in r.rows()]}
+                {
+                    "label": r.label,
+                    "seed": r.seed,
+                    "result": r.result,
+                    "rows": [row._asdict() for row in r.rows()],
+                }
                 for r in self.runs
             ]
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 from hybridopt.carrier import Carrier, Done, Question, carry
 from hybridopt.errors import ClosedError, MissingGradient, StateError
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, Step
+from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
 from hybridopt.vector import ParameterVector
 from hybridopt_torch._inplace import load_optimizer
 
@@ -38,6 +38,8 @@ class ClosureRun:
     """
 
     needs = frozenset({Need.GRADIENT})
+
+    reports: tuple[StageReport, ...] = ()
 
     def __init__(self, method: TorchMethod, vector: ParameterVector, warm: HandOver | None) -> None:
         self.method = method

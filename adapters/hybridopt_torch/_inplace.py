@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import ClosedError, MissingGradient, StateError
-from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, Step
+from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
 from hybridopt.vector import ParameterVector
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class InPlaceRun:
     """
 
     needs = frozenset({Need.GRADIENT})
+
+    reports: tuple[StageReport, ...] = ()
 
     def __init__(self, method: TorchMethod, vector: ParameterVector, warm: HandOver | None) -> None:
         self.method = method

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hybridopt.errors import ClosedError, MethodError, StateError
 from hybridopt.ledger import Budget, Ledger, Reason
-from hybridopt.optimizer import Answer, FloatArray, HandOver, Incumbent, Method, Need, Optimizer, Request, Step
+from hybridopt.optimizer import Answer, FloatArray, HandOver, Incumbent, Method, Need, Optimizer, Request, StageReport, Step
 from hybridopt.point import Point
 from hybridopt.randomness import derive_seed
 from hybridopt.text import print_call
@@ -124,17 +124,6 @@ def stage(method: Method, budget: Budget | None, steps: int | None) -> Stage:
     return Stage(method, budget, steps)
 
 
-@dataclass(frozen=True)
-class StageReport:
-    """What one stage did: spent counters, its own best loss, and why it ended (None: it was still at work)."""
-
-    method: str
-    reason: Reason | None
-    message: str
-    best_loss: float
-    spent: Mapping[str, Any]
-
-
 class ChainRun:
     """A chain at work (an `Optimizer`)."""
 
@@ -191,7 +180,7 @@ class ChainRun:
         """End the present stage; begin the next one at the best point, or end the chain."""
         self._absorb()
         self._done.append(self._report(reason, message))
-        self._notes.extend(getattr(self._child, "notes", ()))
+        self._notes.extend(self._child.notes)
         if self._index + 1 == len(self.stages):
             self._ended = True
             loss = self._scope.last_loss if step is None else step.loss
@@ -220,7 +209,7 @@ class ChainRun:
     @property
     def notes(self) -> list[str]:
         """Notes of all stages so far."""
-        return self._notes if self._ended else [*self._notes, *getattr(self._child, "notes", ())]
+        return self._notes if self._ended else [*self._notes, *self._child.notes]
 
     @property
     def reports(self) -> tuple[StageReport, ...]:
