@@ -1,0 +1,1 @@
+"""What runs a rule: compiled loops on the CPU."""

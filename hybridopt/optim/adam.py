@@ -1,0 +1,135 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hybridopt.optim._base import FusedStep, Implementation
+from hybridopt.rules.adam import RULE
+
+
+class _Adam(FusedStep):
+    rule = RULE
+
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
+
+    def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
+        return (
+            group["amsgrad"],
+            group["maximize"],
+            group["weight_decay"] != 0,
+            group["decoupled_weight_decay"],
+        )
+
+
+class Adam(_Adam, torch.optim.Adam):
+    """`torch.optim.Adam` with a compiled step: same arguments, same results, same state dict.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay: as in torch.
+        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same, with
+            one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.tensor([1.0, -2.0], requires_grad=True)
+        >>> optimizer = hybridopt.optim.Adam([x], lr=0.1)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     (x**2).sum().backward()
+        ...     optimizer.step()
+        >>> x.detach()
+        tensor([ 0.8004, -1.8001])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        implementation: Implementation = "auto",
+    ) -> None:
+        torch.optim.Adam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._choose(implementation, foreach, fused)
+
+
+class AdamW(_Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW` with a compiled step: same arguments, same results, same state dict.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable,
+            fused: as in torch.
+        implementation: see `Adam`.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.tensor([1.0], requires_grad=True)
+        >>> x.grad = torch.tensor([1.0])
+        >>> hybridopt.optim.AdamW([x], lr=0.1).step()
+        >>> x.detach()
+        tensor([0.8990])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        implementation: Implementation = "auto",
+    ) -> None:
+        torch.optim.AdamW.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._choose(implementation, foreach, fused)

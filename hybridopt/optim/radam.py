@@ -1,0 +1,76 @@
+"""RAdam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hybridopt.optim._base import FusedStep, Implementation
+from hybridopt.rules.radam import RULE
+
+
+class RAdam(FusedStep, torch.optim.RAdam):
+    """`torch.optim.RAdam` with a compiled step: same arguments, same results, same state dict.
+
+    Args:
+        params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach, maximize, capturable,
+            differentiable: as in torch.
+        fused: `True` is another spelling of `implementation="fused"` (torch has no fused RAdam).
+        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same,
+            with one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.tensor([1.0, -1.0], requires_grad=True)
+        >>> optimizer = hybridopt.optim.RAdam([x], lr=0.1)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     loss = (x**2).sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 2
+        True
+    """
+
+    rule = RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        implementation: Implementation = "auto",
+    ) -> None:
+        torch.optim.RAdam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+        self._choose(implementation, foreach, fused)
+
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        return float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]
+
+    def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
+        return (group["maximize"], bool(group["weight_decay"] != 0), group["decoupled_weight_decay"])

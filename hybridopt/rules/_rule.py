@@ -1,0 +1,112 @@
+"""What a rule is: an elementwise update and the scalars it needs, in a language that several engines understand."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """One elementwise state of a rule."""
+
+    name: str
+    """Its key in the optimizer's state, as in torch (`exp_avg`)."""
+    flag: str | None = None
+    """The flag under which it exists; None = always."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One optimizer's equation.
+
+    Args:
+        update: `update(p, g, *state, *coefficients, *, **flags) -> (p, *state)`, elementwise: it may use
+            arithmetic, comparisons, `if` on flags, and `xp.sqrt, abs, sign, where, maximum, minimum, fma`. A state
+            whose flag is off is passed as 0 and its return ignored.
+        scalars: `scalars(step, *scalar_state, *hyper) -> (*coefficients, *scalar_state)`, on numbers, in float64.
+            `step` counts from 1.
+        state: the elementwise states in order.
+        scalar_state: names of per-tensor numbers besides `step` that `scalars` advances.
+        hyper: names of the hyperparameters, for messages; the optimizer passes their values in this order.
+        counts: whether the optimizer keeps a `step` per tensor (torch's SGD does not).
+    """
+
+    update: Callable[..., tuple[Any, ...]]
+    scalars: Callable[..., tuple[float, ...]]
+    state: tuple[State, ...]
+    hyper: tuple[str, ...]
+    scalar_state: tuple[str, ...] = ()
+    counts: bool = True
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Names of the coefficients that `update` takes."""
+        names = [p.name for p in self._parameters() if p.kind is not p.KEYWORD_ONLY]
+        return tuple(names[2 + len(self.state) :])
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of the flags that `update` takes."""
+        return tuple(p.name for p in self._parameters() if p.kind is p.KEYWORD_ONLY)
+
+    def active(self, flags: dict[str, bool]) -> tuple[str, ...]:
+        """Names of the states that exist under these flags."""
+        return tuple(s.name for s in self.state if s.flag is None or flags[s.flag])
+
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.update).parameters.values())
+
+
+class _TorchFunctions:
+    """`xp` on tensors and numbers: what a rule means when Python runs it."""
+
+    @staticmethod
+    def sqrt(x: Any) -> Any:
+        return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+    @staticmethod
+    def abs(x: Any) -> Any:
+        return abs(x)
+
+    @staticmethod
+    def sign(x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        if isinstance(condition, Tensor):
+            return torch.where(condition, a, b)
+        return a if condition else b
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor):
+            return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+        return max(a, b)
+
+    @staticmethod
+    def minimum(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor):
+            return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
+        return min(a, b)
+
+    @staticmethod
+    def stored(x: float) -> float:
+        """A number as a per-tensor state holds it (torch keeps them in float32)."""
+        return torch.tensor(x, dtype=torch.get_default_dtype()).item()
+
+    @staticmethod
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        """`a * b + c` with one rounding where the hardware has it, as torch's `add(alpha=)` and `lerp` do."""
+        if isinstance(c, Tensor) and isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return torch.add(c, a, alpha=b)
+        return a * b + c
+
+
+xp = _TorchFunctions()
