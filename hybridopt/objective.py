@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,13 @@ from torch import Tensor
 from hybridopt.errors import (
     BoundsError,
     ClosedError,
-    MissingGradient,
     NonFiniteLoss,
     ObjectiveError,
     StateError,
     Stop,
 )
-from hybridopt.forms import Form, as_number, as_vector, bind_loss
+from hybridopt.evaluation import Evaluation, Kept
+from hybridopt.forms import Form, as_vector, bind_loss
 from hybridopt.guard import ModelGuard
 from hybridopt.ledger import Budget, Ledger, Reason
 from hybridopt.optimizer import Answer, Kind, Request
@@ -104,13 +104,13 @@ class Objective:
         self.nonfinite = nonfinite
         self.keep = keep
         self.listeners: list[Listener] = []
-        self.aux: Any = None
         self.randomness = Randomness(seed, [t.device for t in self.vector.tensors], noise)
         self._guard = ModelGuard(self.vector)
+        self.evaluation = Evaluation(self.vector, self.loss, self.surrogate, self.randomness, self._guard)
         self._x: FloatArray | None = None  # weights (flat) at the last question; None = in place
-        self._kept: _Kept | None = None
+        self._epoch = -1  # state of the weights when they were brought there
+        self._kept: Kept | None = None
         self._partial: tuple[FloatArray, list[float]] | None = None
-        self._closure_backward: bool | None = None if self.loss.form is Form.CLOSURE else False
         self._warned = False
         self._closed = False
 
@@ -139,6 +139,11 @@ class Objective:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def aux(self) -> Any:
+        """What the last evaluation's loss returned beside the number; None if nothing."""
+        return self.evaluation.aux
 
     @property
     def differentiable(self) -> bool:
@@ -187,20 +192,27 @@ class Objective:
 
     def _answer_point(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         want_gradient = request.kind is Kind.VALUE_AND_GRADIENT
-        forward = 1 + int(want_gradient and self.surrogate is not None)
         # a closure not yet called may turn out to call backward(): allow for it before, book what it did after
-        self._check(ledgers, 1, forward, int(want_gradient or self._closure_backward is not False))
+        forward = 1 + int(want_gradient and self.surrogate is not None)
+        self._check(ledgers, 1, forward, int(want_gradient or self.evaluation.closure_backward is not False))
         self._move(request.x)
         first = self.ledger.evaluations == 0
         keep_graph = request.keep_graph and self.surrogate is None
-        value, kept = self._forward(not request.probe, want_gradient or keep_graph, request.commit)
+        value, kept = self.evaluation.value(not request.probe, want_gradient or keep_graph, request.commit)
         gradient: FloatArray | None = None
         finite = math.isfinite(value)
-        backward = int(self._closure_backward is True)
-        if want_gradient:
-            gradient, gradient_finite = self._differentiate(kept, request, finite)
-            finite = finite and gradient_finite
-            backward = int(request.x is None or gradient is not None)
+        backward = int(self.evaluation.closure_backward is True)
+        in_place = request.x is None
+        if want_gradient and not finite:
+            gradient = self.evaluation.nothing(in_place)
+            forward = 1
+        elif want_gradient:
+            grads = self.evaluation.gradients(kept)
+            if in_place:
+                grads = self.evaluation.require_graph(grads)
+            if grads is not None:
+                gradient, finite = self.evaluation.deliver(grads, in_place)
+                backward = 1
         elif keep_graph:
             self._kept = kept
         self._book(ledgers, value, forward, backward, request.probe)
@@ -213,27 +225,28 @@ class Objective:
         )
 
     def _answer_gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
-        """The gradient at the point just valued, from its kept graph; the forward is repeated only if it was lost."""
-        kept = self._kept
+        """The gradient at the point just valued, from its kept graph; the forward is repeated only if that was lost."""
         surrogate = self.surrogate is not None
-        fresh = kept is not None and not surrogate and kept.epoch == self.vector.epoch
-        if fresh and kept is not None and request.x is not None:
-            fresh = self._x is not None and np.array_equal(self.vector.decode(request.x), self._x)
-        if fresh and kept is not None and kept.grads is not None:
-            gradient, finite = self._collect(kept.grads, request)  # a closure's own backward: already paid
-        elif fresh and kept is not None and kept.graph is None:
-            return Answer(self.ledger.last_loss, None, None)  # no graph: nothing to do, nothing to pay
-        else:
+        here = self._stands_at(request.x)
+        kept = self._kept if here else None
+        if kept is not None and kept.graph is None and kept.grads is None:
+            return Answer(self.ledger.last_loss)  # no graph to the weights: nothing to do, nothing to pay
+        paid = kept is not None and kept.grads is not None  # by a closure that calls backward() itself
+        if not paid:
             self._check(ledgers, 0, int(surrogate), 1)
-            if not fresh:
-                self._move(request.x)
-                _, kept = self._forward(False, not surrogate, False)
-                for ledger in ledgers:
-                    ledger.recomputed += int(not surrogate)
-            gradient, finite = self._differentiate(kept, request, True)
+        if not here:
+            self._move(request.x)
+        if kept is None and not surrogate:
+            _, kept = self.evaluation.value(False, True, False)
             for ledger in ledgers:
-                ledger.forward += int(surrogate)
-                ledger.backward += 1
+                ledger.recomputed += 1
+        grads = self.evaluation.gradients(kept)
+        if grads is None:
+            return Answer(self.ledger.last_loss)
+        gradient, finite = self.evaluation.deliver(grads, request.x is None)
+        for ledger in ledgers:
+            ledger.forward += int(surrogate)
+            ledger.backward += int(not paid)
         self._kept = None
         if not finite:
             self._on_nonfinite(math.nan, False, "gradient")
@@ -247,11 +260,11 @@ class Objective:
             losses = self._partial[1]
         self._partial = (request.x.copy(), losses)
         for i in range(len(losses), len(request.x)):
-            self._check(ledgers, 1, 1, int(self._closure_backward is not False))
+            self._check(ledgers, 1, 1, int(self.evaluation.closure_backward is not False))
             self._move(request.x[i])
-            value, _ = self._forward(i == 0 and not request.probe, False, False)
+            value, _ = self.evaluation.value(i == 0 and not request.probe, False, False)
             in_a_row = [ledger.nonfinite_in_a_row for ledger in ledgers]
-            backward = int(self._closure_backward is True)
+            backward = int(self.evaluation.closure_backward is True)
             self._book(ledgers, value, 1, backward, request.probe)
             if not math.isfinite(value):
                 for ledger, before in zip(ledgers, in_a_row, strict=True):
@@ -274,6 +287,12 @@ class Objective:
             if ledger.nonfinite_in_a_row >= NONFINITE_PATIENCE:
                 raise Stop(ledger, Reason.NON_FINITE)
 
+    def _stands_at(self, z: FloatArray | None) -> bool:
+        """Whether the weights are where the last question put them, and that is `z`."""
+        if self._x is None or z is None or self._epoch != self.vector.epoch:
+            return False
+        return np.array_equal(self.vector.decode(z), self._x)
+
     def _move(self, z: FloatArray | None) -> None:
         """Bring the weights to the point of a question."""
         self._kept = None
@@ -289,73 +308,7 @@ class Objective:
             )
         self._x = np.array(x)
         self.vector.write(x)
-
-    def _forward(self, fresh: bool, with_graph: bool, commit: bool) -> tuple[float, _Kept | None]:
-        """The loss where the weights stand; with its graph (or a closure's own gradients) if wanted."""
-        closure = self._closure_backward is not False
-        if closure:
-            self._guard.clear_gradients()
-        self.randomness.begin(fresh)
-        try:
-            with torch.set_grad_enabled(with_graph or closure):
-                result = self.loss.call()
-            value, self.aux = as_number(result)
-        finally:
-            self.randomness.end()
-            self._guard.settle_buffers(commit)
-        tensor = result[0] if isinstance(result, tuple) else result
-        kept: _Kept | None = None
-        if closure:
-            grads = [t.grad for t in self.vector.tensors]
-            if self._closure_backward is None:
-                self._closure_backward = any(g is not None for g in grads)
-            if self._closure_backward:
-                kept = _Kept(None, grads, self.vector.epoch)
-                self._guard.clear_gradients()
-        if kept is None and with_graph:
-            graph = tensor if isinstance(tensor, Tensor) and tensor.requires_grad else None
-            kept = _Kept(graph, None, self.vector.epoch)
-        return value, kept
-
-    def _differentiate(
-        self, kept: _Kept | None, request: Request, finite: bool
-    ) -> tuple[FloatArray | None, bool]:
-        """Gradients of the surrogate or of the kept value, put where the request wants them."""
-        if not finite:
-            return self._collect([None] * len(self.vector.tensors), request)
-        if self.surrogate is not None:
-            self.randomness.begin(False)
-            try:
-                with torch.enable_grad():
-                    result = self.surrogate.call()
-                tensor = result[0] if isinstance(result, tuple) else result
-            finally:
-                self.randomness.end()
-                self._guard.settle_buffers(False)
-            graph = tensor if isinstance(tensor, Tensor) and tensor.requires_grad else None
-            kept = _Kept(graph, None, self.vector.epoch)
-        assert kept is not None
-        if kept.grads is not None:
-            return self._collect(kept.grads, request)
-        if kept.graph is None:
-            if request.x is None:
-                raise MissingGradient(
-                    "gradient: the loss has no graph to the weights (it was detached, rounded, turned into a number, "
-                    "or computed under no_grad); give a surrogate=, or use a method that needs no gradients"
-                )
-            return None, True
-        grads = torch.autograd.grad(kept.graph, self.vector.tensors, allow_unused=True)
-        return self._collect(grads, request)
-
-    def _collect(self, grads: Sequence[Tensor | None], request: Request) -> tuple[FloatArray | None, bool]:
-        if request.x is None:
-            for tensor, grad in zip(self.vector.tensors, grads, strict=True):
-                tensor.grad = grad
-            return None, _all_finite(grads)
-        with torch.no_grad():
-            flat = self.vector.gather([None if g is None else g.to_dense() for g in grads])
-        finite = bool(np.isfinite(flat).all())
-        return (flat if self.vector.scale is None else flat * self.vector.scale), finite
+        self._epoch = self.vector.epoch
 
     def _book(
         self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool
@@ -442,7 +395,7 @@ class Objective:
             "partial": None
             if partial is None
             else [torch.tensor(partial[0]), torch.tensor(partial[1], dtype=torch.float64)],
-            "closure_backward": self._closure_backward,
+            "closure_backward": self.evaluation.closure_backward,
             "warned": self._warned,
             "buffers": self._guard.copy_buffers(),
         }
@@ -467,28 +420,9 @@ class Objective:
             self._partial = (x.numpy().copy(), losses.tolist())
         else:
             self._partial = None
-        self._closure_backward = state["closure_backward"]
+        self.evaluation.closure_backward = state["closure_backward"]
         self._warned = state["warned"]
         self._guard.set_buffers(state["buffers"])
-
-
-class _Kept(NamedTuple):
-    """What a later gradient question about the value just computed can use."""
-
-    graph: Tensor | None
-    grads: list[Tensor | None] | None
-    epoch: int
-
-
-def _all_finite(grads: Sequence[Tensor | None]) -> bool:
-    present = [g if g.layout is torch.strided else g.coalesce().values() for g in grads if g is not None]
-    present = [g for g in present if g.numel()]
-    if not present:
-        return True
-    if len({g.device for g in present}) > 1:
-        return all(bool(g.isfinite().all()) for g in present)
-    norms = torch._foreach_norm(present, math.inf)
-    return math.isfinite(torch.stack([n.float() for n in norms]).sum().item())
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -28,7 +28,12 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
     scalar_kind, scalar_number = _TYPES[scalar_dtype]
     active = rule.active(dict(flags))
     update = _function(rule.update, "_update", dict(flags), typed=dtype == "float32")
-    scalars = _function(rule.scalars, "_scalars", {}, typed=False)
+    if rule.scalars is None:
+        names = ", ".join(f"h{i}" for i in range(len(rule.hyper)))
+        returned = f"{names}," if names else "()"
+        scalars = ["@njit(**OPTIONS)", f"def _scalars(step, {names}):", f"    return {returned}"]
+    else:
+        scalars = _function(rule.scalars, "_scalars", {}, typed=False)
     coefficients = rule.coefficients
     counts, extra, states = int(rule.counts), len(rule.scalar_state), len(active)
     first = 2 + counts + extra  # columns: numel, [step], scalar states, p, states

@@ -82,6 +82,11 @@ class FusedStep(torch.optim.Optimizer):
                     group["fused"] = False
         self._implementation = chosen  # type: ignore[assignment]
 
+    def _otherwise(self) -> str:
+        """What runs when no compiled step does, in words."""
+        names = {"reference": "torch's for-loop", "foreach": "torch's foreach"}
+        return names.get(self._implementation, "torch's own code")
+
     def _torch_step(self) -> None:
         """One step by torch's own code, without its profiling wrapper (ours has run the hooks already)."""
         function: Any = super().step.__func__  # type: ignore[attr-defined]
@@ -138,17 +143,17 @@ class FusedStep(torch.optim.Optimizer):
         self._plans = None
         self._states_seen = len(self.state)
         if self._implementation in ("reference", "foreach"):
-            self._say(f"torch's {'for-loop' if self._implementation == 'reference' else 'foreach'}")
+            self._say(self._otherwise())
             return None
         try:
             plans = [_Plan(self, group) for group in self.param_groups]
         except Ineligible as reason:
-            self._say(f"torch's own code: {reason}")
+            self._say(f"{self._otherwise()}: {reason}")
             permanent = not str(reason).startswith("first step")
             if permanent and self._implementation == "fused" and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"{type(self).__name__}: fused was asked for, but {reason}; torch's own code runs instead",
+                    f"{type(self).__name__}: fused was asked for, but {reason}; {self._otherwise()} runs instead",
                     RuntimeWarning,
                     stacklevel=4,
                 )

@@ -46,8 +46,8 @@ class Adam(_Adam, torch.optim.Adam):
         ...     optimizer.zero_grad()
         ...     (x**2).sum().backward()
         ...     optimizer.step()
-        >>> x.detach()
-        tensor([ 0.8004, -1.8001])
+        >>> x.detach().round(decimals=3)
+        tensor([ 0.8000, -1.8000])
     """
 
     def __init__(

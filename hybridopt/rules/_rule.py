@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Rule:
             arithmetic, comparisons, `if` on flags, and `xp.sqrt, abs, sign, where, maximum, minimum, fma`. A state
             whose flag is off is passed as 0 and its return ignored.
         scalars: `scalars(step, *scalar_state, *hyper) -> (*coefficients, *scalar_state)`, on numbers, in float64.
-            `step` counts from 1.
+            `step` counts from 1. None: the coefficients are the hyperparameters.
         state: the elementwise states in order.
         scalar_state: names of per-tensor numbers besides `step` that `scalars` advances.
         hyper: names of the hyperparameters, for messages; the optimizer passes their values in this order.
@@ -38,7 +38,7 @@ class Rule:
     """
 
     update: Callable[..., tuple[Any, ...]]
-    scalars: Callable[..., tuple[float, ...]]
+    scalars: Callable[..., tuple[float, ...]] | None
     state: tuple[State, ...]
     hyper: tuple[str, ...]
     scalar_state: tuple[str, ...] = ()
@@ -55,6 +55,12 @@ class Rule:
         """Names of the flags that `update` takes."""
         return tuple(p.name for p in self._parameters() if p.kind is p.KEYWORD_ONLY)
 
+    def coefficients_at(
+        self, step: float, scalars: Sequence[float], hyper: Sequence[float]
+    ) -> tuple[float, ...]:
+        """The coefficients of a step, and the new scalar states behind them, as Python computes them."""
+        return tuple(hyper) if self.scalars is None else self.scalars(step, *scalars, *hyper)
+
     def active(self, flags: dict[str, bool]) -> tuple[str, ...]:
         """Names of the states that exist under these flags."""
         return tuple(s.name for s in self.state if s.flag is None or flags[s.flag])
@@ -63,38 +69,42 @@ class Rule:
         return list(inspect.signature(self.update).parameters.values())
 
 
-class _TorchFunctions:
-    """`xp` on tensors and numbers: what a rule means when Python runs it."""
+class _Functions:
+    """`xp` where Python runs a rule: on numbers, on tensors (the reference), on lists of tensors (foreach)."""
 
     @staticmethod
     def sqrt(x: Any) -> Any:
-        return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+        return math.sqrt(x) if isinstance(x, int | float) else x.sqrt()
 
     @staticmethod
     def abs(x: Any) -> Any:
         return abs(x)
 
     @staticmethod
-    def sign(x: Tensor) -> Tensor:
+    def sign(x: Any) -> Any:
         return x.sign()
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> Any:
-        if isinstance(condition, Tensor):
-            return torch.where(condition, a, b)
-        return a if condition else b
+        if isinstance(condition, bool):
+            return a if condition else b
+        return torch.where(condition, a, b) if isinstance(condition, Tensor) else condition.where(a, b)
 
     @staticmethod
     def maximum(a: Any, b: Any) -> Any:
-        if isinstance(a, Tensor):
-            return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
-        return max(a, b)
+        if isinstance(a, int | float):
+            return max(a, b)
+        if isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return a.clamp(min=b)
+        return a.maximum(b)
 
     @staticmethod
     def minimum(a: Any, b: Any) -> Any:
-        if isinstance(a, Tensor):
-            return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
-        return min(a, b)
+        if isinstance(a, int | float):
+            return min(a, b)
+        if isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return a.clamp(max=b)
+        return a.minimum(b)
 
     @staticmethod
     def stored(x: float) -> float:
@@ -109,4 +119,4 @@ class _TorchFunctions:
         return a * b + c
 
 
-xp = _TorchFunctions()
+xp = _Functions()

@@ -1,0 +1,146 @@
+"""One forward, and the backward that may follow it, where the weights stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybridopt.errors import MissingGradient
+from hybridopt.forms import Form, Loss, as_number
+from hybridopt.guard import ModelGuard
+from hybridopt.randomness import Randomness
+from hybridopt.vector import FloatArray, ParameterVector
+
+
+class Kept(NamedTuple):
+    """What a gradient question about the value just computed can use."""
+
+    graph: Tensor | None
+    """The loss with its graph; None if it has none to any tensor."""
+    grads: list[Tensor | None] | None
+    """The gradients that a closure's own backward left."""
+    epoch: int
+    """State of the weights (`ParameterVector.epoch`); another one means the graph is dead."""
+
+
+class Evaluation:
+    """Calls the loss and autograd, lends the random generators meanwhile, and puts the buffers back.
+
+    Args:
+        vector: the weights.
+        loss: what is minimised.
+        surrogate: what gradients are taken of instead; None = the loss.
+        randomness: lent to every call.
+        guard: clears gradients, settles buffers.
+    """
+
+    def __init__(
+        self,
+        vector: ParameterVector,
+        loss: Loss,
+        surrogate: Loss | None,
+        randomness: Randomness,
+        guard: ModelGuard,
+    ) -> None:
+        self.vector = vector
+        self.loss = loss
+        self.surrogate = surrogate
+        self.randomness = randomness
+        self.guard = guard
+        self.aux: Any = None
+        self.closure_backward: bool | None = None if loss.form is Form.CLOSURE else False
+        """Whether the loss is a closure that calls `backward()` itself; None before its first call."""
+
+    def value(self, fresh: bool, with_graph: bool, commit: bool) -> tuple[float, Kept | None]:
+        """The loss where the weights stand.
+
+        Args:
+            fresh: whether it draws new random numbers.
+            with_graph: whether a gradient may be asked for.
+            commit: whether buffers may keep what the forward did to them.
+
+        Returns:
+            The number, and what a gradient needs (None without `with_graph`).
+        """
+        closure = self.closure_backward is not False
+        if closure:
+            self.guard.clear_gradients()
+        self.randomness.begin(fresh)
+        try:
+            with torch.set_grad_enabled(with_graph or closure):
+                result = self.loss.call()
+            value, self.aux = as_number(result)
+        finally:
+            self.randomness.end()
+            self.guard.settle_buffers(commit)
+        if closure:
+            grads = [t.grad for t in self.vector.tensors]
+            if self.closure_backward is None:
+                self.closure_backward = any(g is not None for g in grads)
+            if self.closure_backward:
+                self.guard.clear_gradients()
+                return value, Kept(None, grads, self.vector.epoch)
+        return value, Kept(_graph(result), None, self.vector.epoch) if with_graph else None
+
+    def gradients(self, kept: Kept | None) -> Sequence[Tensor | None] | None:
+        """The gradients of the kept value, or of the surrogate here; None if there is no graph to differentiate."""
+        if self.surrogate is not None:
+            self.randomness.begin(False)
+            try:
+                with torch.enable_grad():
+                    result = self.surrogate.call()
+            finally:
+                self.randomness.end()
+                self.guard.settle_buffers(False)
+            kept = Kept(_graph(result), None, self.vector.epoch)
+        assert kept is not None
+        if kept.grads is not None:
+            return kept.grads
+        if kept.graph is None:
+            return None
+        return torch.autograd.grad(kept.graph, self.vector.tensors, allow_unused=True)
+
+    def deliver(self, grads: Sequence[Tensor | None], in_place: bool) -> tuple[FloatArray | None, bool]:
+        """Put gradients into `.grad` (`in_place`), or return them flat in solver coordinates; and whether finite."""
+        if in_place:
+            for tensor, grad in zip(self.vector.tensors, grads, strict=True):
+                tensor.grad = grad
+            return None, _all_finite(grads)
+        with torch.no_grad():
+            flat = self.vector.gather([None if g is None else g.to_dense() for g in grads])
+        finite = bool(np.isfinite(flat).all())
+        return (flat if self.vector.scale is None else flat * self.vector.scale), finite
+
+    def nothing(self, in_place: bool) -> FloatArray | None:
+        """What is delivered where a loss was not finite: no `.grad`, or zeros."""
+        return self.deliver([None] * len(self.vector.tensors), in_place)[0]
+
+    def require_graph(self, grads: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
+        """Raise `MissingGradient` if there was no graph."""
+        if grads is None:
+            raise MissingGradient(
+                "gradient: the loss has no graph to the weights (it was detached, rounded, turned into a number, "
+                "or computed under no_grad); give a surrogate=, or use a method that needs no gradients"
+            )
+        return grads
+
+
+def _graph(result: Any) -> Tensor | None:
+    tensor = result[0] if isinstance(result, tuple) else result
+    return tensor if isinstance(tensor, Tensor) and tensor.requires_grad else None
+
+
+def _all_finite(grads: Sequence[Tensor | None]) -> bool:
+    present = [g if g.layout is torch.strided else g.coalesce().values() for g in grads if g is not None]
+    present = [g for g in present if g.numel()]
+    if not present:
+        return True
+    if len({g.device for g in present}) > 1:
+        return all(bool(g.isfinite().all()) for g in present)
+    norms = torch._foreach_norm(present, math.inf)
+    return math.isfinite(torch.stack([n.float() for n in norms]).sum().item())

@@ -1,0 +1,233 @@
+"""Optimizers that torch lacks, against slow versions written from the papers; and users' own rules."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from hybridopt.errors import MethodError
+from hybridopt.optim import ADOPT, Adan, Lion, from_rule
+from hybridopt.rules import xp
+
+SHAPES = ((5, 7), (3,), (), (0,))
+IMPLEMENTATIONS = ("auto", "fused", "foreach", "reference")
+
+
+def gradients(steps: int, seed: int = 0) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [[rng.normal(size=s) for s in SHAPES] for _ in range(steps)]
+
+
+def start(dtype: torch.dtype) -> list[torch.Tensor]:
+    rng = np.random.default_rng(1)
+    return [torch.tensor(rng.normal(size=s), dtype=dtype, requires_grad=True) for s in SHAPES]
+
+
+def run(make, dtype: torch.dtype, steps: int = 20) -> list[np.ndarray]:
+    params = start(dtype)
+    optimizer = make(params)
+    for grads in gradients(steps):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.tensor(g, dtype=dtype)
+        optimizer.step()
+    return [p.detach().double().numpy() for p in params]
+
+
+def slow_lion(p, grads, lr, betas, wd):  # Chen et al. 2023, algorithm 2
+    m = np.zeros_like(p)
+    for g in grads:
+        update = np.sign(betas[0] * m + (1 - betas[0]) * g)
+        p = p - lr * (update + wd * p)
+        m = betas[1] * m + (1 - betas[1]) * g
+    return p
+
+
+def slow_adopt(
+    p, grads, lr, betas, eps, wd, decouple
+):  # Taniguchi et al. 2024, algorithm 2 with clipping t^(1/4)
+    m = np.zeros_like(p)
+    v = None
+    for t, g in enumerate(grads):
+        if wd and not decouple:
+            g = g + wd * p
+        if v is None:
+            v = g * g
+            continue
+        if wd and decouple:
+            p = p - lr * wd * p
+        scaled = np.clip(g / np.maximum(np.sqrt(v), eps), -(t**0.25), t**0.25)
+        m = betas[0] * m + (1 - betas[0]) * scaled
+        p = p - lr * m
+        v = betas[1] * v + (1 - betas[1]) * g * g
+    return p
+
+
+def slow_adan(p, grads, lr, betas, eps, wd):  # Xie et al. 2022, algorithm 1, bias-corrected
+    b1, b2, b3 = betas
+    m, d, n = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
+    before = None
+    for t, g in enumerate(grads, 1):
+        change = np.zeros_like(p) if before is None else g - before
+        m = b1 * m + (1 - b1) * g
+        d = b2 * d + (1 - b2) * change
+        n = b3 * n + (1 - b3) * (g + b2 * change) ** 2
+        root = np.sqrt(n / (1 - b3**t)) + eps
+        p = (p - lr * (m / (1 - b1**t) + b2 * d / (1 - b2**t)) / root) / (1 + lr * wd)
+        before = g
+    return p
+
+
+CASES = {
+    "lion": (lambda **k: (lambda ps: Lion(ps, lr=0.01, weight_decay=0.1, **k)),
+             lambda p, g: slow_lion(p, g, 0.01, (0.9, 0.99), 0.1)),
+    "adopt": (lambda **k: (lambda ps: ADOPT(ps, lr=0.01, weight_decay=0.1, **k)),
+              lambda p, g: slow_adopt(p, g, 0.01, (0.9, 0.9999), 1e-6, 0.1, False)),
+    "adopt decoupled": (lambda **k: (lambda ps: ADOPT(ps, lr=0.01, weight_decay=0.1, decouple=True, **k)),
+                        lambda p, g: slow_adopt(p, g, 0.01, (0.9, 0.9999), 1e-6, 0.1, True)),
+    "adan": (lambda **k: (lambda ps: Adan(ps, lr=0.01, weight_decay=0.1, **k)),
+             lambda p, g: slow_adan(p, g, 0.01, (0.98, 0.92, 0.99), 1e-8, 0.1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_paper(name, dtype, tolerance, implementation):
+    make, slow = CASES[name]
+    got = run(make(implementation=implementation), dtype)
+    for i, p in enumerate(start(torch.float64)):
+        want = slow(p.detach().numpy(), [step[i] for step in gradients(20)])
+        assert np.abs(got[i] - want).max(initial=0) <= tolerance * (1 + np.abs(want).max(initial=0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_compiled_loop_runs_when_asked_for(name):
+    make, _ = CASES[name]
+    params = start(torch.float32)
+    optimizer = make(implementation="fused")(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert "fused (numba)" in repr(optimizer)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_saved_mid_run_goes_on_bit_for_bit(name):
+    make, _ = CASES[name]
+
+    def stepped(optimizer, params, grads):
+        for step in grads:
+            for p, g in zip(params, step, strict=True):
+                p.grad = torch.tensor(g, dtype=p.dtype)
+            optimizer.step()
+
+    whole = start(torch.float32)
+    optimizer = make()(whole)
+    stepped(optimizer, whole, gradients(10)[:4])
+    file = io.BytesIO()
+    torch.save({"weights": whole, "state": optimizer.state_dict()}, file)
+    copied = copy.deepcopy(optimizer)
+    stepped(optimizer, whole, gradients(10)[4:])
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    loaded = [p.detach().requires_grad_() for p in saved["weights"]]
+    other = make()(loaded)
+    other.load_state_dict(saved["state"])
+    stepped(other, loaded, gradients(10)[4:])
+    twins = [p for group in copied.param_groups for p in group["params"]]
+    stepped(copied, twins, gradients(10)[4:])
+    for a, b, c in zip(whole, loaded, twins, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_weights_that_join_later_have_their_own_step():
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = Adan([a, b], lr=0.1)
+    a.grad = torch.ones(2)
+    optimizer.step()
+    b.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (a, b)] == [3, 2]
+    alone = torch.ones(2, requires_grad=True)
+    single = Adan([alone], lr=0.1, implementation="reference")
+    alone.grad = torch.ones(2)
+    single.step()
+    single.step()
+    assert torch.equal(b, alone)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}])
+def test_wrong_hyperparameters(wrong):
+    with pytest.raises(MethodError, match="Lion: expected lr >= 0"):
+        Lion([torch.ones(1, requires_grad=True)], **wrong)
+
+
+def test_complex_weights_are_refused():
+    x = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    with pytest.raises(MethodError, match="real weights"):
+        Lion([x]).step()
+
+
+def signum(p, g, momentum, lr, beta, *, nesterov):
+    momentum = momentum * beta + g * (1 - beta)
+    if nesterov:
+        return p - xp.sign(momentum * beta + g) * lr, momentum
+    return p - xp.sign(momentum) * lr, momentum
+
+
+Signum = from_rule(signum, state=["momentum"], defaults={"lr": 0.01, "beta": 0.9, "nesterov": False})
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_users_rule_runs_on_every_engine(implementation, nesterov):
+    got = run(lambda ps: Signum(ps, nesterov=nesterov, implementation=implementation), torch.float64)
+    for i, p in enumerate(start(torch.float64)):
+        want, m = p.detach().numpy(), np.zeros(SHAPES[i])
+        for g in (step[i] for step in gradients(20)):
+            m = m * 0.9 + g * (1 - 0.9)
+            want = want - 0.01 * np.sign(m * 0.9 + g if nesterov else m)
+        np.testing.assert_allclose(got[i], want, rtol=1e-13, atol=1e-13)
+
+
+def cooled(p, g, rate):
+    return (p - g * rate,)
+
+
+Cooled = from_rule(cooled, defaults={"lr": 1.0}, scalars=lambda step, lr: (lr / step,), name="Cooled")
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "reference"])
+def test_scalars_see_the_step(implementation):
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = Cooled([x], implementation=implementation)
+    for _ in range(3):
+        x.grad = torch.ones(1)
+        optimizer.step()
+    assert x.item() == pytest.approx(-(1 + 1 / 2 + 1 / 3))
+
+
+def test_a_rule_that_cannot_be_compiled_says_why_once():
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = Cooled([x], implementation="fused")  # its scalars are a lambda: no plain `def` to read
+    x.grad = torch.ones(1)
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="fused was asked for, but it is not a plain `def`"):
+        optimizer.step()
+    optimizer.step()
+    assert x.item() == pytest.approx(-(1 + 1 / 2 + 1 / 3))
+
+
+def test_from_rule_checks_the_arguments():
+    with pytest.raises(MethodError, match=r"expected update\(p, g, momentum, lr\)"):
+        from_rule(signum, state=["momentum"], defaults={"lr": 0.01})
+    with pytest.raises(MethodError, match="unknown option"):
+        Signum([torch.ones(1, requires_grad=True)], learning_rate=1)
