@@ -154,7 +154,7 @@ class Run:
             stochastic=objective.stochastic,
             steps=self.steps,
             stages=self.optimizer.reports,
-            notes=tuple(self.optimizer.notes),
+            notes=(*objective.notes, *self.optimizer.notes),
         )
 
     def __enter__(self) -> Run:

@@ -160,6 +160,28 @@ class Objective:
         """Whether the lowest loss evaluated counts as the best point (else the point where the method stands)."""
         return self.keep == "best" or (self.keep == "auto" and not self.stochastic)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the way this loss is evaluated."""
+        if self.evaluation.closure_backward:
+            return [
+                "the closure calls backward(): every question costs a forward and a backward, values included"
+            ]
+        return []
+
+    def __repr__(self) -> str:
+        parts = [self.loss.form.value]
+        if self.loss.form is Form.CLOSURE:
+            cost = {
+                None: "not called yet",
+                True: "forward + backward at every call",
+                False: "no backward of its own",
+            }
+            parts.append(f"{cost[self.evaluation.closure_backward]}, populations one by one")
+        if self.surrogate is not None:
+            parts.append("gradients of a surrogate")
+        return f"Objective({', '.join(parts)}; {self.vector!r}; {self.ledger!r})"
+
     # -- answering ----------------------------------------------------------------------------------------------
 
     def answer(self, request: Request) -> Answer:
