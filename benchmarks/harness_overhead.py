@@ -69,7 +69,15 @@ def main() -> None:
             pass
 
     def pyswarm_directly() -> None:  # one more generation would be 100 evaluations
-        pyswarm.pso(value, [-1] * vector.n, [1] * vector.n, maxiter=EVALUATIONS // 100 - 1, seed=1, minfunc=0, minstep=0)
+        pyswarm.pso(
+            value,
+            [-1] * vector.n,
+            [1] * vector.n,
+            maxiter=EVALUATIONS // 100 - 1,
+            seed=1,
+            minfunc=0,
+            minstep=0,
+        )
 
     def adam_by_hand() -> None:
         vector.write(x0)
@@ -117,8 +125,16 @@ def main() -> None:
     }
     print()
     for name, row in extra.items():
-        print(f"{name:26s} {row['median']:+8.1f} µs over {pairs[name]}   ({row['min']:+.1f} – {row['max']:+.1f})")
-    path = record("harness_overhead", {"microseconds": rows, "over": {a: {"of": pairs[a], **extra[a]} for a in pairs}}, "scipy", "pyswarm", "greenlet")
+        print(
+            f"{name:26s} {row['median']:+8.1f} µs over {pairs[name]}   ({row['min']:+.1f} – {row['max']:+.1f})"
+        )
+    path = record(
+        "harness_overhead",
+        {"microseconds": rows, "over": {a: {"of": pairs[a], **extra[a]} for a in pairs}},
+        "scipy",
+        "pyswarm",
+        "greenlet",
+    )
     print(f"\nwritten: benchmarks/results/{path.name}")
 
 
