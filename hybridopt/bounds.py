@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import BoundsError
-from hybridopt.selection import match_patterns
+from hybridopt.selection import spread_patterns
 
 Slices = Mapping[str, slice]
 
@@ -23,13 +23,19 @@ class Bounds(NamedTuple):
     upper: npt.NDArray[np.float64]
 
 
-def read_bounds(bounds: Any, slices: Slices, tensors: Sequence[Tensor], x0: npt.NDArray[np.float64]) -> Bounds:
+def read_bounds(
+    bounds: Any,
+    slices: Slices,
+    tensors: Sequence[Tensor],
+    x0: npt.NDArray[np.float64],
+    aliases: Mapping[str, str],
+) -> Bounds:
     """Check and spread `bounds` over the weights; tightened to numbers that each weight's dtype can hold."""
     n = len(x0)
     rows = np.empty((n, 2))
     rows[:, 0], rows[:, 1] = -np.inf, np.inf
     if isinstance(bounds, Mapping):
-        for name, pattern in match_patterns(list(bounds), list(slices), "bounds").items():
+        for name, pattern in spread_patterns(bounds, list(slices), aliases, "bounds").items():
             part = slices[name]
             rows[part] = _pairs(bounds[pattern], part.stop - part.start, f"bounds[{pattern!r}]")
     elif bounds is not None:
@@ -81,7 +87,9 @@ def _tighten(values: npt.NDArray[np.float64], dtype: torch.dtype, side: int) -> 
     back = rounded.to(torch.float64).numpy()
     wrong = back < values if side > 0 else back > values
     target = torch.full_like(rounded, torch.inf if side > 0 else -torch.inf)
-    moved = torch.nextafter(rounded.float(), target.float()) if dtype == torch.float32 else _next(rounded, side)
+    moved = (
+        torch.nextafter(rounded.float(), target.float()) if dtype == torch.float32 else _next(rounded, side)
+    )
     inner = moved.to(torch.float64).numpy()
     return np.where(wrong & np.isfinite(values), inner, np.where(np.isfinite(values), back, values))
 
@@ -95,7 +103,9 @@ def _next(values: Tensor, side: int) -> Tensor:
     return bits.to(torch.int16).view(values.dtype)
 
 
-def read_scale(scale: Any, slices: Slices, x0: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+def read_scale(
+    scale: Any, slices: Slices, x0: npt.NDArray[np.float64], aliases: Mapping[str, str]
+) -> npt.NDArray[np.float64] | None:
     """Check and spread `scale` over the weights; None stays None."""
     if scale is None:
         return None
@@ -103,21 +113,31 @@ def read_scale(scale: Any, slices: Slices, x0: npt.NDArray[np.float64]) -> npt.N
     result = np.ones(n)
     if isinstance(scale, str):
         if scale != "start":
-            raise BoundsError(f'scale: expected None, "start", a number, shape ({n},) or a mapping, got {scale!r}')
+            raise BoundsError(
+                f'scale: expected None, "start", a number, shape ({n},) or a mapping, got {scale!r}'
+            )
         for part in slices.values():
             if part.stop > part.start:
                 rms = float(np.sqrt(np.mean(x0[part] ** 2)))
                 result[part] = np.maximum(np.maximum(np.abs(x0[part]), rms), 1e-3)
     elif isinstance(scale, Mapping):
-        for name, pattern in match_patterns(list(scale), list(slices), "scale").items():
-            result[slices[name]] = scale[pattern]
+        for name, pattern in spread_patterns(scale, list(slices), aliases, "scale").items():
+            part = slices[name]
+            result[part] = _numbers(scale[pattern], part.stop - part.start, f"scale[{pattern!r}]")
     else:
-        array = np.asarray(scale, dtype=np.float64)
-        if array.shape not in {(), (n,)}:
-            raise BoundsError(
-                f"scale: expected one number or shape ({n},), one number per weight, got shape {array.shape}"
-            )
-        result[:] = array
+        result[:] = _numbers(scale, n, "scale")
     if not (np.isfinite(result) & (result > 0)).all():
         raise BoundsError("scale: expected positive finite numbers; a scale is the typical size of a weight")
     return result
+
+
+def _numbers(value: Any, n: int, what: str) -> npt.NDArray[np.float64]:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BoundsError(f"{what}: expected one number or shape ({n},), got {value!r}") from None
+    if array.shape not in {(), (n,)}:
+        raise BoundsError(
+            f"{what}: expected one number or shape ({n},), one number per weight, got shape {array.shape}"
+        )
+    return array

@@ -8,7 +8,9 @@ into the C stack while it calls back (f2py callbacks, MINPACK) needs a thread.
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -16,10 +18,14 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import greenlet
 import torch
 
+from hybridopt.errors import MethodError
 from hybridopt.optimizer import Answer, Request
 
 Isolation: TypeAlias = Literal["greenlet", "thread"]
 _local = threading.local()
+_STUBBORN = (
+    1000  # questions a solver may still ask while it is being closed; then it is left to the collector
+)
 
 
 class Abandoned(BaseException):
@@ -66,9 +72,58 @@ def _thread_token() -> object:
         return _local.token
 
 
+class _Filters:
+    """Keeps apart the warnings filters of a solver and of its caller.
+
+    A solver may be suspended inside its own `warnings.catch_warnings()`, whose effect is process-wide. As long as it
+    is not, it sees its caller's filters.
+    """
+
+    # the last name is private to the standard library: it is what `catch_warnings(record=True)` replaces
+    _NAMES = tuple(n for n in ("filters", "showwarning", "_showwarnmsg_impl") if hasattr(warnings, n))
+
+    def __init__(self) -> None:
+        self._caller: tuple[Any, ...] = ()
+        self._outer: tuple[Any, ...] = ()  # what the solver's own changes began from
+        self._solver: tuple[Any, ...] | None = None
+
+    def enter(self) -> None:
+        """Control passes to the solver."""
+        self._caller = self._now()
+        if self._solver is None:
+            self._outer = self._caller
+        else:
+            self._set(self._solver)
+
+    def leave(self) -> None:
+        """Control comes back."""
+        now = self._now()
+        self._solver = None if _same(now, self._outer) else now
+        if not _same(now, self._caller):
+            self._set(self._caller)
+        self._caller = ()
+
+    def _now(self) -> tuple[Any, ...]:
+        return tuple(getattr(warnings, name) for name in self._NAMES)
+
+    def _set(self, values: tuple[Any, ...]) -> None:
+        for name, value in zip(self._NAMES, values, strict=True):
+            setattr(warnings, name, value)
+        with warnings.catch_warnings():
+            pass  # tells the interpreter that the filters have changed
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return all(x is y for x, y in zip(a, b, strict=True))
+
+
 def _ask_parent(request: Request) -> Answer:
     parent = greenlet.getcurrent().parent
-    assert parent is not None
+    if parent is None:
+        raise MethodError(
+            "solver: expected every question to come from the thread that runs the solver, got one from another "
+            "thread; let it evaluate in its own thread (one worker)"
+        )
     answer: Answer = parent.switch(request)
     return answer
 
@@ -80,20 +135,12 @@ class GreenletCarrier:
         self._token = _thread_token()
         self._greenlet = greenlet.greenlet(lambda _: Done(body(_ask_parent)))
         self._greenlet.gr_context = contextvars.copy_context()
-        self._grad_mode = torch.is_grad_enabled()
+        self._grad_mode = True  # torch's default, whatever the mode of the caller who happens to begin it
+        self._filters = _Filters()
 
     def advance(self, answer: Answer | None) -> Request | Done:
-        """See `Carrier`. The caller's grad mode and the solver's stay apart; the loss never runs in here."""
-        mine = torch.is_grad_enabled()
-        self._greenlet.parent = greenlet.getcurrent()
-        torch.set_grad_enabled(self._grad_mode)
-        try:
-            result: Request | Done = self._greenlet.switch(answer)
-        finally:
-            self._grad_mode = torch.is_grad_enabled()
-            torch.set_grad_enabled(mine)
-            # a suspended greenlet must not keep its last caller alive
-            self._greenlet.parent = _root()
+        """See `Carrier`. Grad mode and warnings filters of caller and solver stay apart; no loss runs in here."""
+        result: Request | Done = self._switch(self._greenlet.switch, answer)
         return result
 
     def usable(self) -> bool:
@@ -102,22 +149,32 @@ class GreenletCarrier:
 
     def close(self) -> None:
         """Unwind the solver's stack, in this thread; from another one, leave it to its own thread's collector."""
-        if self.usable():
-            mine = torch.is_grad_enabled()
-            self._greenlet.parent = greenlet.getcurrent()
+        for _ in range(_STUBBORN):
+            if not self.usable():
+                return
             try:
-                self._greenlet.throw(Abandoned)
+                self._switch(self._greenlet.throw, Abandoned)
             except Abandoned:
-                pass
-            finally:
-                torch.set_grad_enabled(mine)
+                return
+            except Exception:  # noqa: BLE001 - what a solver raises while it is being closed concerns nobody
+                return
 
+    def __del__(self) -> None:
+        # left to the collector, the unwinding solver would leave its grad mode and filters to whoever runs by then
+        if not sys.is_finalizing():
+            self.close()
 
-def _root() -> greenlet.greenlet:
-    current = greenlet.getcurrent()
-    while current.parent is not None:
-        current = current.parent
-    return current
+    def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
+        mine = torch.is_grad_enabled()
+        self._greenlet.parent = greenlet.getcurrent()
+        self._filters.enter()
+        torch.set_grad_enabled(self._grad_mode)
+        try:
+            return switch(value)
+        finally:
+            self._grad_mode = torch.is_grad_enabled()
+            torch.set_grad_enabled(mine)
+            self._filters.leave()
 
 
 class _Box:
@@ -127,6 +184,7 @@ class _Box:
         self.answer: Answer | None = None
         self.out: Request | Done | BaseException | None = None
         self.closing = False
+        self.callers_turn = False
         self.to_solver = threading.Lock()
         self.to_caller = threading.Lock()
         self.to_solver.acquire()
@@ -138,7 +196,7 @@ def _serve(box: _Box, body: Body) -> None:
         if box.closing:
             raise Abandoned
         box.out = request
-        box.to_caller.release()
+        _hand_over(box)
         box.to_solver.acquire()
         if box.closing:
             raise Abandoned
@@ -149,15 +207,24 @@ def _serve(box: _Box, body: Body) -> None:
     box.to_solver.acquire()
     try:
         box.out = None if box.closing else Done(body(question))
-    except BaseException as error:  # handed to the caller, or dropped when it closed us
-        box.out = error
-    box.to_caller.release()
+    except BaseException as error:  # noqa: BLE001 - handed to the caller, or dropped when it closed us
+        box.out = None if box.closing else error
+    _hand_over(box)
+
+
+def _hand_over(box: _Box) -> None:
+    # the flag counts, the lock only wakes: an interrupt may strike just before or just after it was acquired
+    box.callers_turn = True
+    if box.to_caller.locked():
+        box.to_caller.release()
 
 
 def _shut(box: _Box) -> None:
     if not box.closing:
         box.closing = True
-        box.to_solver.release()
+        # not locked where an interrupt cut `advance` short: the solver is already on its way
+        if box.to_solver.locked():
+            box.to_solver.release()
 
 
 class ThreadCarrier:
@@ -165,7 +232,10 @@ class ThreadCarrier:
 
     def __init__(self, body: Body) -> None:
         self._box = _Box()
-        self._thread = threading.Thread(target=_serve, args=(self._box, body), daemon=True, name="hybridopt-solver")
+        self._filters = _Filters()
+        self._thread = threading.Thread(
+            target=_serve, args=(self._box, body), daemon=True, name="hybridopt-solver"
+        )
         self._finalizer = weakref.finalize(self, _shut, self._box)
         self._finalizer.atexit = False
         self._thread.start()
@@ -174,14 +244,18 @@ class ThreadCarrier:
         """See `Carrier`. An interrupt while waiting is raised after the solver has come to its next question."""
         box = self._box
         box.answer = answer
-        box.to_solver.release()
         interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                box.to_caller.acquire()
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
+        self._filters.enter()
+        try:
+            box.callers_turn = False
+            box.to_solver.release()
+            while not box.callers_turn:
+                try:
+                    box.to_caller.acquire()
+                except KeyboardInterrupt as error:
+                    interrupt = error
+        finally:
+            self._filters.leave()
         if interrupt is not None:
             self.close()
             raise interrupt
@@ -199,5 +273,9 @@ class ThreadCarrier:
     def close(self) -> None:
         """End the solver and wait for its thread."""
         if self._finalizer.alive:
-            self._finalizer()
-            self._thread.join()
+            self._filters.enter()
+            try:
+                self._finalizer()
+                self._thread.join()
+            finally:
+                self._filters.leave()

@@ -55,14 +55,18 @@ class Evaluation:
         self.aux: Any = None
         self.closure_backward: bool | None = None if loss.form is Form.CLOSURE else False
         """Whether the loss is a closure that calls `backward()` itself; None before its first call."""
+        self._differentiates = False
 
-    def value(self, fresh: bool, with_graph: bool, commit: bool) -> tuple[float, Kept | None]:
+    def value(
+        self, fresh: bool, with_graph: bool, commit: bool, again: bool = False
+    ) -> tuple[float, Kept | None]:
         """The loss where the weights stand.
 
         Args:
             fresh: whether it draws new random numbers.
             with_graph: whether a gradient may be asked for.
-            commit: whether buffers may keep what the forward did to them.
+            commit: whether buffers may keep what the forward did to them (`settle` follows).
+            again: whether it repeats the last evaluation, whose graph was lost.
 
         Returns:
             The number, and what a gradient needs (None without `with_graph`).
@@ -70,14 +74,28 @@ class Evaluation:
         closure = self.closure_backward is not False
         if closure:
             self.guard.clear_gradients()
-        self.randomness.begin(fresh)
+        graph = with_graph or closure or self._differentiates
+        lent = graph and not commit
+        if lent:
+            self.guard.lend_buffers()
+        self.randomness.begin(fresh, again)
         try:
-            with torch.set_grad_enabled(with_graph or closure):
+            with torch.set_grad_enabled(graph):
                 result = self.loss.call()
             value, self.aux = as_number(result)
+        except RuntimeError as error:
+            # a loss that differentiates inside (a differential equation's residual) needs grad mode always
+            if graph or "does not require grad" not in str(error):
+                raise
+            self._differentiates = True
         finally:
             self.randomness.end()
-            self.guard.settle_buffers(commit)
+            if lent:
+                self.guard.return_buffers()
+            elif not commit:
+                self.guard.settle_buffers(False)
+        if self._differentiates and not graph:
+            return self.value(False, with_graph, commit, again=True)
         if closure:
             grads = [t.grad for t in self.vector.tensors]
             if self.closure_backward is None:
@@ -87,23 +105,31 @@ class Evaluation:
                 return value, Kept(None, grads, self.vector.epoch)
         return value, Kept(_graph(result), None, self.vector.epoch) if with_graph else None
 
-    def gradients(self, kept: Kept | None) -> Sequence[Tensor | None] | None:
-        """The gradients of the kept value, or of the surrogate here; None if there is no graph to differentiate."""
+    def gradients(self, kept: Kept | None, in_place: bool) -> Sequence[Tensor | None] | None:
+        """The gradients of the kept value, or of the surrogate here; None if there is no graph to differentiate.
+
+        In place they are made by `backward`, which gives each weight memory of its own in its own layout.
+        """
         if self.surrogate is not None:
+            self.guard.lend_buffers()
             self.randomness.begin(False)
             try:
                 with torch.enable_grad():
                     result = self.surrogate.call()
             finally:
                 self.randomness.end()
-                self.guard.settle_buffers(False)
+                self.guard.return_buffers()
             kept = Kept(_graph(result), None, self.vector.epoch)
         assert kept is not None
         if kept.grads is not None:
             return kept.grads
         if kept.graph is None:
             return None
-        return torch.autograd.grad(kept.graph, self.vector.tensors, allow_unused=True)
+        if not in_place:
+            return torch.autograd.grad(kept.graph, self.vector.tensors, allow_unused=True)
+        self.guard.clear_gradients()
+        torch.autograd.backward(kept.graph, inputs=list(self.vector.tensors))
+        return [t.grad for t in self.vector.tensors]
 
     def deliver(self, grads: Sequence[Tensor | None], in_place: bool) -> tuple[FloatArray | None, bool]:
         """Put gradients into `.grad` (`in_place`), or return them flat in solver coordinates; and whether finite."""
@@ -143,4 +169,4 @@ def _all_finite(grads: Sequence[Tensor | None]) -> bool:
     if len({g.device for g in present}) > 1:
         return all(bool(g.isfinite().all()) for g in present)
     norms = torch._foreach_norm(present, math.inf)
-    return math.isfinite(torch.stack([n.float() for n in norms]).sum().item())
+    return math.isfinite(torch.stack([n.double() for n in norms]).sum().item())

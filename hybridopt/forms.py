@@ -57,9 +57,14 @@ def as_vector(target: Any, select: Any = None, bounds: Any = None, scale: Any = 
         return target
     if isinstance(target, np.ndarray) or _is_numbers(target):
         array = np.array(target)
-        if array.dtype == object:
-            raise ObjectiveError("start: expected an array of numbers, got an array of objects")
-        vector = ParameterVector(torch.from_numpy(array), select, bounds=bounds, scale=scale)
+        try:
+            tensor = torch.from_numpy(array)
+        except (TypeError, ValueError):
+            raise ObjectiveError(
+                "start: expected an array of float16, float32 or float64 in the machine's byte order, got "
+                f"{array.dtype}"
+            ) from None
+        vector = ParameterVector(tensor, select, bounds=bounds, scale=scale)
         vector.source = np.asarray(target)
         return vector
     return ParameterVector(target, select, bounds=bounds, scale=scale)
@@ -69,14 +74,16 @@ def _is_numbers(target: Any) -> bool:
     return (
         isinstance(target, list | tuple)
         and len(target) > 0
-        and all(isinstance(v, float | np.floating) for v in target)
+        and all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in target)
     )
 
 
 def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
     """Decide by the vector's source, and by whether `loss` takes an argument, how to call it."""
     if not callable(loss):
-        raise ObjectiveError(f"loss: expected a function, got {type(loss).__name__}; the loss comes first, then the model")
+        raise ObjectiveError(
+            f"loss: expected a function, got {type(loss).__name__}; the loss comes first, then the model"
+        )
     source = vector.source
     if not _takes_argument(loss):
         return Loss(Form.CLOSURE, loss, None)
@@ -93,8 +100,14 @@ def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
         (tensor,) = vector.tensors
         view = tensor.detach().numpy()
         return Loss(Form.ARRAY, lambda: loss(view.copy()), None)
-    if isinstance(source, Mapping):
-        return Loss(Form.MAPPING, lambda: loss(dict(source)), lambda weights: loss({**source, **weights}))
+    if isinstance(source, Mapping) and vector.groups is None:
+        aliases = vector.aliases
+
+        def at(weights: Mapping[str, Tensor]) -> Any:
+            tied = {name: weights[first] for name, first in aliases.items()}
+            return loss({**source, **weights, **tied})
+
+        return Loss(Form.MAPPING, lambda: loss(dict(source)), at)
     raise ObjectiveError(
         f"loss: for a {type(source).__name__} of tensors expected a closure() without arguments; "
         "pass a module for loss(model), a tensor or array for f(x), or a dict for f(params)"
@@ -102,6 +115,11 @@ def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
 
 
 def _takes_argument(loss: Callable[..., Any]) -> bool:
+    """Whether to call it with one argument (or with none).
+
+    Raises:
+        ObjectiveError: it needs more than one.
+    """
     if isinstance(loss, nn.Module):
         return True
     try:
@@ -109,9 +127,14 @@ def _takes_argument(loss: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # built without a signature: assume the usual f(x)
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(
-        (p.kind in positional and p.default is p.empty) or p.kind is p.VAR_POSITIONAL for p in parameters
-    )
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (*positional, p.KEYWORD_ONLY)]
+    by_position = [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+    if len(needed) > 1 or len(needed) > len(by_position):
+        raise ObjectiveError(
+            f"loss: expected a function of the model (or weights) alone, or of nothing; it needs {', '.join(needed)}. "
+            "Bind the rest, e.g. with functools.partial or a lambda"
+        )
+    return bool(by_position) or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def as_number(value: Any) -> tuple[float, Any]:
@@ -125,12 +148,18 @@ def as_number(value: Any) -> tuple[float, Any]:
         value, aux = value
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex():
-            return value.item(), aux
+            return float(value.item()), aux
         raise ObjectiveError(
             f"loss: expected one real number, got a tensor of shape {tuple(value.shape)} and {value.dtype}; "
             "reduce it, e.g. with .mean()"
         )
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError
         return float(value), aux
     except (TypeError, ValueError):
-        raise ObjectiveError(f"loss: expected a number or a one-element tensor, got {type(value).__name__}") from None
+        raise ObjectiveError(
+            f"loss: expected a number or a one-element tensor, got {type(value).__name__}"
+        ) from None

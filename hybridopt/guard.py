@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybridopt.vector import ParameterVector
+
+
+class _Found(NamedTuple):
+    grad: Tensor | None
+    requires_grad: bool
+
+
+_TENSORS: dict[int, tuple[int, Tensor, _Found]] = {}  # id -> holders, tensor, as found by the first of them
+
+
+def _release(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        holders, _, first = _TENSORS.pop(id(tensor))
+        if holders > 1:
+            _TENSORS[id(tensor)] = (holders - 1, tensor, first)
+        else:
+            tensor.grad = first.grad
+            tensor.requires_grad_(first.requires_grad)
 
 
 class ModelGuard:
@@ -29,6 +49,9 @@ class ModelGuard:
                 for name, b in sub._buffers.items()
                 if b is not None
             ]
+        chosen = {id(t) for t in vector.tensors}
+        self._others = [] if module is None else [p for p in module.parameters() if id(p) not in chosen]
+        self._originals: list[Tensor | None] | None = None
         self._base: list[Tensor] = []
         self._versions: list[tuple[int, int]] = []
 
@@ -36,30 +59,53 @@ class ModelGuard:
         """Take hold: `.grad` is cleared, all chosen weights require gradients."""
         module = self.vector.module
         self._modes = [] if module is None else [(sub, sub.training) for sub in module.modules()]
-        self._grads = [t.grad for t in self.vector.tensors]
-        self._frozen = [t for t in self.vector.tensors if not t.requires_grad]
-        for tensor in self._frozen:
+        held = [*self.vector.tensors, *self._others]
+        for tensor in held:
+            found = _Found(tensor.grad, tensor.requires_grad)
+            holders, _, first = _TENSORS.get(id(tensor), (0, tensor, found))
+            _TENSORS[id(tensor)] = (holders + 1, tensor, first)
+        for tensor in self.vector.tensors:
             tensor.requires_grad_(True)
         self.clear_gradients()
         self._rebase()
         self.held = True
+        self._release = weakref.finalize(self, _release, held)  # also when it is merely dropped
 
     def close(self) -> None:
-        """Give back: `.grad`, `requires_grad` and modes as found; weights and buffers as they stand."""
-        for tensor, grad in zip(self.vector.tensors, self._grads, strict=True):
-            tensor.grad = grad
-        for tensor in self._frozen:
-            tensor.requires_grad_(False)
+        """Give back: `.grad`, `requires_grad` and modes as found; weights and buffers as they stand.
+
+        Where several hold one weight, the last to close gives it back.
+        """
+        self._release()
         for sub, training in self._modes:
             sub.training = training
         self.held = False
 
     def clear_gradients(self) -> None:
-        """Set every chosen weight's `.grad` to None."""
-        for tensor in self.vector.tensors:
+        """Set every weight's `.grad` to None, also where the loss's own backward leaves one unasked."""
+        for tensor in (*self.vector.tensors, *self._others):
             tensor.grad = None
 
     # -- buffers ------------------------------------------------------------------------------------------------
+
+    def lend_buffers(self) -> None:
+        """Let the module work on copies, so that what its graph keeps stays as it was when they are put back."""
+        if self._slots:
+            self._originals = [slots[name] for slots, name in self._slots]
+            for slots, name in self._slots:
+                buffer = slots[name]
+                slots[name] = None if buffer is None else buffer.detach().clone()
+
+    def return_buffers(self) -> None:
+        """Put the module's own buffers back, which nobody has written."""
+        if self._originals is not None:
+            for (slots, name), buffer in zip(self._slots, self._originals, strict=True):
+                slots[name] = buffer
+            self._originals = None
+
+    def base_buffers(self) -> list[Tensor]:
+        """The buffers as last settled: copies that are never written."""
+        return self._base
 
     def settle_buffers(self, commit: bool) -> None:
         """After an evaluation: keep what moved (`commit`) or put it back."""

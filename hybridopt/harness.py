@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hybridopt.errors import BudgetError, ClosedError, StateError, Stop
+from hybridopt.errors import BudgetError, ClosedError, MethodError, StateError, Stop
 from hybridopt.ledger import Budget, Reason
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Method, Optimizer, Step, step
@@ -46,7 +46,7 @@ class Run:
         self,
         loss: Callable[..., Any] | Objective,
         target: Any = None,
-        method: str | type | Method = "slsqp",
+        method: str | type | Method | None = None,
         *,
         budget: Any,
         seed: int | None = None,
@@ -54,6 +54,8 @@ class Run:
         label: str | None = None,
         **objective: Any,
     ) -> None:
+        if method is None:
+            raise MethodError("minimize: expected a method, e.g. a name that `hybridopt methods` lists")
         self.method = read_method(method)
         self.seed = _draw_seed() if seed is None else _checked_seed(seed)
         limits = Budget.parse(budget)
@@ -208,7 +210,7 @@ class Run:
 def minimize(
     loss: Callable[..., Any] | Objective,
     target: Any = None,
-    method: str | type | Method = "slsqp",
+    method: str | type | Method | None = None,
     *,
     budget: Any,
     seed: int | None = None,

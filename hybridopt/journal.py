@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +24,13 @@ def digest(request: Request) -> int:
 
 
 class Journal:
-    """Answers in the order given: 17 bytes a question, 8 a loss, 8n more with a gradient."""
+    """Answers in the order given: 17 bytes a question, and 8 a number told (losses and gradients)."""
 
     def __init__(self) -> None:
         self._flags = bytearray()
         self._digests = array("Q")
-        self._lengths = array("I")
+        self._ends = array("Q")  # of each entry in `_numbers`
         self._numbers = array("d")
-        self._offset = 0
         self._read = 0
 
     def __len__(self) -> int:
@@ -41,12 +39,16 @@ class Journal:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 13 * len(self._flags) + 8 * len(self._numbers)
+        return 17 * len(self._flags) + 8 * len(self._numbers)
 
     def append(self, request: Request, answer: Answer) -> None:
-        """Record one question and what was told (copied: solvers write into what they are given)."""
+        """Record one question and what was told (copied: solvers write into what they are given).
+
+        An interrupt in here leaves the journal without the entry, never with half of it.
+        """
+        entries = len(self._flags)
+        del self._digests[entries:], self._ends[entries:], self._numbers[self._end(entries) :]
         flags = _KINDS[request.kind] | (_FINITE if answer.finite else 0)
-        before = len(self._numbers)
         self._numbers.append(answer.loss)
         if answer.losses is not None:
             self._numbers.frombytes(np.ascontiguousarray(answer.losses, dtype=np.float64).tobytes())
@@ -55,13 +57,16 @@ class Journal:
             self._numbers.frombytes(np.ascontiguousarray(answer.gradient, dtype=np.float64).tobytes())
         if answer.surrogate:
             flags |= _SURROGATE
-        self._flags.append(flags)
         self._digests.append(digest(request))
-        self._lengths.append(len(self._numbers) - before)
+        self._ends.append(len(self._numbers))
+        self._flags.append(flags)  # from here on it counts
+
+    def _end(self, entries: int) -> int:
+        return self._ends[entries - 1] if entries else 0
 
     def rewind(self) -> None:
         """Begin to read from the first entry."""
-        self._offset = self._read = 0
+        self._read = 0
 
     def matches(self, request: Request) -> bool:
         """Whether the next entry answers this question."""
@@ -69,10 +74,9 @@ class Journal:
 
     def next(self) -> Answer:
         """The next entry's answer, as new arrays."""
-        flags, length = self._flags[self._read], self._lengths[self._read]
-        numbers = np.array(self._numbers[self._offset : self._offset + length])
+        flags = self._flags[self._read]
+        numbers = np.array(self._numbers[self._end(self._read) : self._end(self._read + 1)])
         self._read += 1
-        self._offset += length
         rest = numbers[1:]
         population = (flags & 7) == _KINDS[Kind.POPULATION]
         return Answer(
@@ -88,14 +92,14 @@ class Journal:
         return {
             "flags": torch.tensor(np.frombuffer(bytes(self._flags), dtype=np.uint8)),
             "digests": torch.tensor(np.array(self._digests, dtype=np.uint64).view(np.int64)),
-            "lengths": torch.tensor(np.array(self._lengths, dtype=np.int64)),
+            "ends": torch.tensor(np.array(self._ends, dtype=np.int64)),
             "numbers": torch.tensor(np.array(self._numbers, dtype=np.float64)),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the contents."""
         self._flags = bytearray(state["flags"].numpy().tobytes())
-        self._digests = array("Q", state["digests"].numpy().view(np.uint64).tobytes())
-        self._lengths = array("I", state["lengths"].tolist())
+        self._digests = array("Q", state["digests"].numpy().tobytes())
+        self._ends = array("Q", state["ends"].numpy().tobytes())
         self._numbers = array("d", state["numbers"].numpy().tobytes())
         self.rewind()

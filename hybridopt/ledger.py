@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -61,7 +62,7 @@ class Budget:
         target: stop as soon as a loss is at or below this.
 
     Raises:
-        BudgetError: nothing is limited but the target, or a limit is not positive.
+        BudgetError: a limit is not positive, or not a number. (`Budget.parse` also refuses what limits nothing.)
 
     Example:
         >>> Budget.parse("1000fe")
@@ -80,14 +81,19 @@ class Budget:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if not _is_number(value) or not value > 0:
                 raise BudgetError(f"budget: expected {name} > 0, got {value!r}")
-            if name == "evaluations" and value != math.inf and int(value) != value:
+            if not math.isfinite(value):
+                raise BudgetError(
+                    f"budget: expected a finite limit on {name}, got {value!r}; None means no limit"
+                )
+            if name == "evaluations" and int(value) != value:
                 raise BudgetError(f"budget: expected a whole number of evaluations, got {value!r}")
-        if self.target is not None and (
-            isinstance(self.target, bool) or not isinstance(self.target, int | float) or math.isnan(self.target)
-        ):
-            raise BudgetError(f"budget: expected a number as target, got {self.target!r}")
+            object.__setattr__(self, name, int(value) if name == "evaluations" else float(value))
+        if self.target is not None:
+            if not _is_number(self.target) or not math.isfinite(self.target):
+                raise BudgetError(f"budget: expected a finite number as target, got {self.target!r}")
+            object.__setattr__(self, "target", float(self.target))
 
     @classmethod
     def parse(cls, value: Budget | int | float | str | Mapping[str, Any] | None) -> Budget:
@@ -101,8 +107,8 @@ class Budget:
                     f"budget: unknown limit {sorted(unknown)}; known are {[f.name for f in fields(cls)]}"
                 )
             budget = cls(**value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            budget = cls(evaluations=int(value) if value == int(value) else value)  # type: ignore[arg-type]
+        elif _is_number(value):
+            budget = cls(evaluations=value)  # type: ignore[arg-type]
         elif isinstance(value, str):
             budget = cls._from_text(value)
         else:
@@ -121,19 +127,26 @@ class Budget:
     def _from_text(cls, text: str) -> Budget:
         limits: dict[str, Any] = {}
         for part in re.split(r"[,\s]+", text.strip()):
-            match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)([a-z_]*)", part)
+            match = re.fullmatch(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)([a-z_]*)", part)
             unit = _UNITS.get(match.group(2)) if match else None
             if match is None or unit is None or unit in limits:
                 raise BudgetError(
-                    f"budget: expected '137' (evaluations), '1000fe' (forward-equivalents) or '30s' (seconds), got {text!r}"
+                    "budget: expected '137' (evaluations), '1000fe' (forward-equivalents) or '30s' (seconds), "
+                    f"got {text!r}"
                 )
             number = float(match.group(1))
-            limits[unit] = int(number) if unit == "evaluations" and number == int(number) else number
+            limits[unit] = int(number) if number.is_integer() else number
         return cls(**limits)
 
     def __repr__(self) -> str:
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None]
+        given = [
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None
+        ]
         return f"Budget({', '.join(given)})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class Shadow(Protocol):

@@ -32,7 +32,11 @@ def fingerprint(*libraries: str) -> dict[str, str]:
 
 def differences(saved: dict[str, str], now: dict[str, str]) -> str:
     """Text naming what differs between two fingerprints."""
-    changed = [f"{k} {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
+    changed = [
+        f"{k} {saved.get(k)!r} -> {now.get(k)!r}"
+        for k in sorted({*saved, *now})
+        if saved.get(k) != now.get(k)
+    ]
     return ", ".join(changed) or "none of the versions and settings that are recorded"
 
 

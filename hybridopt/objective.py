@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -94,7 +95,8 @@ class Objective:
         _one_of("nonfinite", nonfinite, ("reject", "raise"))
         _one_of("keep", keep, ("auto", "best", "last"))
         _one_of("noise", noise, NOISE_POLICIES)
-        if not backward_cost > 0:
+        number = isinstance(backward_cost, int | float) and not isinstance(backward_cost, bool)
+        if not (number and 0 < backward_cost < math.inf):
             raise ObjectiveError(f"backward_cost: expected a number > 0, got {backward_cost!r}")
         self.vector = as_vector(target, select, bounds, scale)
         self.loss = bind_loss(loss, self.vector)
@@ -110,6 +112,7 @@ class Objective:
         self._x: FloatArray | None = None  # weights (flat) at the last question; None = in place
         self._epoch = -1  # state of the weights when they were brought there
         self._kept: Kept | None = None
+        self._value = math.nan  # the last loss computed
         self._partial: tuple[FloatArray, list[float]] | None = None
         self._warned = False
         self._closed = False
@@ -210,62 +213,94 @@ class Objective:
             if stop.ledger is self.ledger:
                 raise
             self._partial = None
+            if stop.reason is Reason.NON_FINITE:
+                # the stage has given up; the next one is given its own patience
+                for ledger in ledgers[: ledgers.index(stop.ledger)]:
+                    ledger.nonfinite_in_a_row = 0
             return Answer(stop=stop, finite=False)
 
     def _answer_point(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         want_gradient = request.kind is Kind.VALUE_AND_GRADIENT
+        evaluation, surrogate = self.evaluation, self.surrogate is not None
         # a closure not yet called may turn out to call backward(): allow for it before, book what it did after
-        forward = 1 + int(want_gradient and self.surrogate is not None)
-        self._check(ledgers, 1, forward, int(want_gradient or self.evaluation.closure_backward is not False))
+        own = int(evaluation.closure_backward is not False)
+        self._check(ledgers, 1, 1 + int(want_gradient and surrogate), self._backwards(want_gradient, own))
         self._move(request.x)
         first = self.ledger.evaluations == 0
-        keep_graph = request.keep_graph and self.surrogate is None
-        value, kept = self.evaluation.value(not request.probe, want_gradient or keep_graph, request.commit)
-        gradient: FloatArray | None = None
-        finite = math.isfinite(value)
-        backward = int(self.evaluation.closure_backward is True)
+        keep_graph = request.keep_graph and not surrogate
         in_place = request.x is None
-        if want_gradient and not finite:
-            gradient = self.evaluation.nothing(in_place)
-            forward = 1
-        elif want_gradient:
-            grads = self.evaluation.gradients(kept)
-            if in_place:
-                grads = self.evaluation.require_graph(grads)
-            if grads is not None:
-                gradient, finite = self.evaluation.deliver(grads, in_place)
-                backward = 1
-        elif keep_graph:
-            self._kept = kept
+        gradient: FloatArray | None = None
+        told = False
+        with self._undone_on_error():
+            value, kept = evaluation.value(not request.probe, want_gradient or keep_graph, request.commit)
+            finite = math.isfinite(value)
+            if want_gradient and not finite:
+                gradient = evaluation.nothing(in_place)
+            elif want_gradient:
+                grads = evaluation.gradients(kept, in_place)
+                if in_place:
+                    grads = evaluation.require_graph(grads)
+                if grads is not None:
+                    gradient, finite = evaluation.deliver(grads, in_place)
+                    told = True
+            elif keep_graph:
+                self._kept = kept
+            if request.commit:
+                self._guard.settle_buffers(finite)  # a rejected step moves no statistics
+        self._value = value
+        forward = 1 + int(want_gradient and surrogate and math.isfinite(value))
+        backward = self._backwards(told, int(evaluation.closure_backward is True))
+        in_a_row = [ledger.nonfinite_in_a_row for ledger in ledgers]
         self._book(ledgers, value, forward, backward, request.probe)
         if not finite:
-            self._on_nonfinite(value, first and (want_gradient or request.keep_graph))
+            if math.isfinite(value):  # a gradient that is not finite is no finite answer either
+                for ledger, before in zip(ledgers, in_a_row, strict=True):
+                    ledger.nonfinite_in_a_row = before + 1
+            what = "gradient" if math.isfinite(value) else "loss"
+            shown = math.nan if math.isfinite(value) else value
+            self._on_nonfinite(shown, first and (want_gradient or request.keep_graph), what)
             if gradient is not None:
                 gradient = np.zeros_like(gradient)
-        return Answer(
-            value if finite else math.inf, None, gradient, finite, surrogate=self.surrogate is not None
-        )
+        return Answer(value if finite else math.inf, None, gradient, finite, surrogate=surrogate)
+
+    def _backwards(self, gradient: bool, own: int) -> int:
+        """Backward passes of one evaluation: a closure's own serves as its gradient's unless a surrogate is asked."""
+        return own + int(gradient) if self.surrogate is not None else max(own, int(gradient))
+
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """An evaluation that raises has not happened: the same question draws the same numbers again."""
+        point = self.randomness.savepoint()
+        try:
+            yield
+        except BaseException:
+            self.randomness.rollback(point)
+            self._guard.settle_buffers(False)
+            self._kept = None
+            raise
 
     def _answer_gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         """The gradient at the point just valued, from its kept graph; the forward is repeated only if that was lost."""
         surrogate = self.surrogate is not None
+        in_place = request.x is None
         here = self._stands_at(request.x)
         kept = self._kept if here else None
         if kept is not None and kept.graph is None and kept.grads is None:
-            return Answer(self.ledger.last_loss)  # no graph to the weights: nothing to do, nothing to pay
+            return Answer(self._value)  # no graph to the weights: nothing to do, nothing to pay
         paid = kept is not None and kept.grads is not None  # by a closure that calls backward() itself
         if not paid:
             self._check(ledgers, 0, int(surrogate), 1)
         if not here:
             self._move(request.x)
-        if kept is None and not surrogate:
-            _, kept = self.evaluation.value(False, True, False)
-            for ledger in ledgers:
-                ledger.recomputed += 1
-        grads = self.evaluation.gradients(kept)
+        with self._undone_on_error():
+            if kept is None and not surrogate:
+                _, kept = self.evaluation.value(False, True, False, again=True)
+                for ledger in ledgers:
+                    ledger.recomputed += 1
+            grads = self.evaluation.gradients(kept, in_place)
         if grads is None:
-            return Answer(self.ledger.last_loss)
-        gradient, finite = self.evaluation.deliver(grads, request.x is None)
+            return Answer(self._value)
+        gradient, finite = self.evaluation.deliver(grads, in_place)
         for ledger in ledgers:
             ledger.forward += int(surrogate)
             ledger.backward += int(not paid)
@@ -273,7 +308,7 @@ class Objective:
         if not finite:
             self._on_nonfinite(math.nan, False, "gradient")
             raise Stop(ledgers[-1], Reason.NON_FINITE)
-        return Answer(self.ledger.last_loss, None, gradient, finite, surrogate=surrogate)
+        return Answer(self._value, None, gradient, finite, surrogate=surrogate)
 
     def _answer_population(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         assert request.x is not None
@@ -284,7 +319,8 @@ class Objective:
         for i in range(len(losses), len(request.x)):
             self._check(ledgers, 1, 1, int(self.evaluation.closure_backward is not False))
             self._move(request.x[i])
-            value, _ = self.evaluation.value(i == 0 and not request.probe, False, False)
+            with self._undone_on_error():
+                value, _ = self.evaluation.value(i == 0 and not request.probe, False, False)
             in_a_row = [ledger.nonfinite_in_a_row for ledger in ledgers]
             backward = int(self.evaluation.closure_backward is True)
             self._book(ledgers, value, 1, backward, request.probe)
@@ -366,7 +402,7 @@ class Objective:
         """The point just evaluated (for a ledger that found it to be its best)."""
         if not self.keeps_best:
             return None
-        buffers = self._guard.copy_buffers() if self._x is None else []
+        buffers = self._guard.base_buffers()
         if self._x is not None:
             return Point(self._x, None, buffers)
         if into is not None and into.tensors is not None:

@@ -101,17 +101,25 @@ def full_name(name: str) -> str:
 
 
 def factory(name: str) -> Any:
-    """What makes the named method: called with options, it returns a `Method`.
+    """What makes the named method: a `Method` class; for a place `"package.module:Class"`, whatever stands there.
 
     Raises:
         MethodError: unknown name.
-        PluginError: the plugin cannot be imported (its name and the cause are given).
+        PluginError: it cannot be imported, or is no method (its name and the cause are given).
     """
-    entry = _entries()[full_name(name)]
+    if ":" in name:
+        entry = EntryPoint(name=name, value=name, group=GROUP)
+    else:
+        entry = _entries()[full_name(name)]
     try:
-        return entry.load()
-    except Exception as error:
+        found = entry.load()
+    except (Exception, SystemExit) as error:
         raise PluginError(f"plugin: {entry.name!r} ({entry.value}) cannot be imported: {error!r}") from error
+    if ":" not in name and not (isinstance(found, type) and issubclass(found, Method)):
+        raise PluginError(
+            f"plugin: {entry.name!r} ({entry.value}) is {found!r}, expected a subclass of hybridopt.Method"
+        )
+    return found
 
 
 def methods() -> dict[str, type[Method]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -54,6 +55,8 @@ class Start:
     """Typical distance to the optimum, as handed over by a predecessor."""
     names: tuple[tuple[str, int, int], ...] = ()
     """(name, first, last + 1) of each tensor, for messages."""
+    loss: float = math.inf
+    """The loss at `x0` where it is known: found by a predecessor, or before the solver was started anew; else inf."""
 
     @property
     def n(self) -> int:
@@ -69,28 +72,37 @@ class Start:
         """Bounds as a list of (low, high)."""
         return list(zip(self.lower.tolist(), self.upper.tolist(), strict=True))
 
+    def clip(self, x: FloatArray) -> FloatArray:
+        """`x`, shape (..., n), brought inside the bounds (solvers stray by a rounding error); unbounded: `x` itself."""
+        return np.asarray(np.clip(x, self.lower, self.upper)) if self.bounded else x
+
     @classmethod
     def at(cls, vector: ParameterVector, seed: int, warm: HandOver | None) -> Start:
         """The start on a vector: the handed-over point, clipped to the bounds, or where the weights stand."""
         x0 = vector.encode(vector.read()) if warm is None or warm.x is None else warm.x
         lower, upper = vector.encode(vector.lower), vector.encode(vector.upper)
         names = tuple((name, s.start, s.stop) for name, s in vector.slices.items())
-        sigma = None if warm is None else warm.sigma
-        return cls(np.clip(x0, lower, upper), lower, upper, vector.eps, seed, sigma, names)
+        clipped = np.clip(x0, lower, upper)
+        sigma, loss = None, math.inf
+        if warm is not None:
+            sigma = warm.sigma
+            loss = warm.loss if np.array_equal(clipped, x0) else math.inf
+        return cls(clipped, lower, upper, vector.eps, seed, sigma, names, loss)
 
     _ARRAYS = ("x0", "lower", "upper", "eps")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
         arrays = {name: torch.tensor(getattr(self, name)) for name in self._ARRAYS}
-        return arrays | {"seed": self.seed, "sigma": self.sigma, "names": [list(part) for part in self.names]}
+        plain = {"seed": self.seed, "sigma": self.sigma, "loss": self.loss}
+        return arrays | plain | {"names": [list(part) for part in self.names]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Start:
         """The start that was saved."""
         arrays = {name: state[name].numpy().copy() for name in cls._ARRAYS}
         names = tuple((name, first, last) for name, first, last in state["names"])
-        return cls(**arrays, seed=state["seed"], sigma=state["sigma"], names=names)
+        return cls(**arrays, seed=state["seed"], sigma=state["sigma"], names=names, loss=state["loss"])
 
 
 class Ask:
@@ -176,7 +188,9 @@ class BlockingMethod(Method):
         if Need.BOUNDS in self.needs:
             require_box(vector, self.label)
         elif vector.bounded and Need.BOUNDS not in self.uses:
-            raise StateError(f"{self.label}: it cannot keep within bounds; remove them, or use another method")
+            raise StateError(
+                f"{self.label}: it cannot keep within bounds; remove them, or use another method"
+            )
         require_memory(self.memory(vector.n), self.label, vector.n, self.memory_advice)
         return SolverRun(self, Start.at(vector, seed, warm))
 
@@ -201,10 +215,11 @@ class SolverRun:
         self._journal_full = False
         self._carrier: Carrier | None = None
         self._pending: Request | None = None
-        self._best = Incumbent(math.inf, start.x0)
+        self._best = Incumbent(start.loss, start.x0)
         self._last_value: float = math.inf
         self._ending: Ending | None = None
         self._exact = True
+        self._saved_fingerprint: dict[str, str] | None = None
         self._closed = False
 
     # -- the protocol -------------------------------------------------------------------------------------------
@@ -212,10 +227,12 @@ class SolverRun:
     def ask(self) -> Request:
         """See `Optimizer.ask`."""
         self._check_open()
+        if self._ending is None and (
+            self._pending is None or self._carrier is None or not self._carrier.usable()
+        ):
+            self._revive()
         if self._ending is not None:
             raise ClosedError(f"{self.name}: it has ended ({self._ending.message}); start it again to go on")
-        if self._pending is None or self._carrier is None or not self._carrier.usable():
-            self._revive()
         assert self._pending is not None
         return self._pending
 
@@ -224,9 +241,9 @@ class SolverRun:
         request = self.ask()
         if answer.stop is not None:
             raise answer.stop
-        self._record(request, answer)
         assert self._carrier is not None
         self._pending = None  # whatever happens below, the journal can revive it
+        self._record(request, answer)
         out = self._carrier.advance(answer)
         if isinstance(out, Done):
             self._end(out.value)
@@ -277,31 +294,35 @@ class SolverRun:
                 f"state: it was saved by {state['method']!r}, this is {str(self.method)!r}; a solver can only go on "
                 "with the options it began with"
             )
-        loss, x = state["incumbent"]
+        if state["journal"] is None and state["ending"] is None and exact:
+            raise StateError(
+                f"{self.name}: the journal had passed {JOURNAL_LIMIT} bytes, so an exact resume is impossible; load "
+                "with exact=False to start anew from the best point"
+            )
+        loss, x = state["incumbent"][0], state["incumbent"][1].numpy().copy()
         self._drop_carrier()
         self.start = Start.from_state(state["start"])
         self.notes = list(state["notes"])
         self._exact = exact
         self._saved_fingerprint = dict(state["fingerprint"])
-        self._best = Incumbent(loss, x.numpy().copy())
+        self._best = Incumbent(loss, x)
         self._journal = Journal()
+        self._journal_full = False
         self._ending = None
-        if state["journal"] is not None:
-            self._journal.load_state_dict(state["journal"])
-        elif exact:
-            raise StateError(
-                f"{self.name}: the journal had passed {JOURNAL_LIMIT} bytes, so an exact resume is impossible; load "
-                "with exact=False to start anew from the best point"
-            )
-        else:
-            self._restart("its journal had grown too large")
         if state["ending"] is not None:
             reason, message = state["ending"]
-            self._ending = Ending(Reason(reason), message, loss, self._best.x if self._best.x is not None else x)
+            self._ending = Ending(Reason(reason), message, loss, x)
+        if state["journal"] is not None:
+            self._journal.load_state_dict(state["journal"])
+        elif self._ending is not None:
+            self._journal_full = True
+        else:
+            self._restart("its journal had grown too large")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the journal, not the live solver."""
-        return self.__dict__ | {"_carrier": None, "_pending": None}
+        """Copies and pickles carry the journal (one of their own), not the live solver."""
+        own = {"_journal": copy.deepcopy(self._journal), "notes": list(self.notes)}
+        return self.__dict__ | own | {"_carrier": None, "_pending": None}
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -334,7 +355,9 @@ class SolverRun:
         method, start, notes = self.method, self.start, self.notes
 
         def body(question: Question) -> Ending:
-            return method.solve(Ask(question, notes), start)
+            # the +inf told for a rejected point makes solvers compute inf - inf
+            with np.errstate(all="ignore"):
+                return method.solve(Ask(question, notes), start)
 
         self._carrier = carry(body, method.isolation)
         return self._carrier.advance(None)
@@ -348,59 +371,56 @@ class SolverRun:
             )
         journal = self._journal
         journal.rewind()
-        self._best = Incumbent(math.inf, self.start.x0)
+        before, self._best = self._best, Incumbent(self.start.loss, self.start.x0)
         out = self._launch()
         for i in range(len(journal)):
             if isinstance(out, Done) or not journal.matches(out):
+                self._best = before
                 self._mismatch(i, out)
                 return
             answer = journal.next()
             self._note_best(out, answer)
             assert self._carrier is not None
             out = self._carrier.advance(answer)
-        if isinstance(out, Done):
-            if len(journal) == 0:
-                raise StateError(f"{self.name}: the solver ended without asking a single question: {out.value}")
-            self._end(out.value)
-        else:
-            self._pending = out
+        self._pending_or_end(out)
 
     def _mismatch(self, index: int, out: Request | Done) -> None:
-        saved = getattr(self, "_saved_fingerprint", fingerprint(*self.method.libraries))
-        changed = differences(saved, fingerprint(*self.method.libraries))
+        now = fingerprint(*self.method.libraries)
+        changed = differences(self._saved_fingerprint or now, now)
         asked = "the solver ended" if isinstance(out, Done) else f"it asked for a {out.kind.value}"
         text = (
             f"{self.name}: question {index + 1} of {len(self._journal)} differs from the recorded one ({asked}); "
             f"changed since: {changed}"
         )
+        self._drop_carrier()
         if self._exact:
             raise ReplayMismatch(text + ". Load with exact=False to start anew from the best point")
-        journal = self._journal
-        journal.rewind()
         self._restart(text)
         self._pending_or_end(self._launch())
 
     def _restart(self, why: str) -> None:
         """Give the old path up: begin again at the incumbent, with an empty journal."""
-        self._drop_carrier()
-        best = self.incumbent
+        best = self._best
         x0 = self.start.x0 if best.x is None else best.x
-        self.start = Start(
-            x0, self.start.lower, self.start.upper, self.start.eps, self.start.seed, self.start.sigma, self.start.names
-        )
+        self.start = replace(self.start, x0=x0, loss=best.loss)
         self._journal = Journal()
-        self._ending = None
-        self._best = Incumbent(best.loss, x0)
         self.notes.append(f"started anew from the best point: {why}")
 
     def _pending_or_end(self, out: Request | Done) -> None:
         if isinstance(out, Done):
+            if len(self._journal) == 0:
+                raise StateError(
+                    f"{self.name}: the solver ended without asking a single question: {out.value}"
+                )
             self._end(out.value)
         else:
             self._pending = out
 
     def _end(self, ending: Ending) -> None:
-        self._ending = ending._replace(x=np.array(ending.x, dtype=np.float64), loss=float(ending.loss))
+        loss = float(ending.loss)
+        # a solver that saw no finite loss has found nothing, whatever point it returns
+        x = np.array(ending.x, dtype=np.float64) if math.isfinite(loss) else self.start.x0
+        self._ending = ending._replace(x=x, loss=loss)
         self._drop_carrier()
 
     def _drop_carrier(self) -> None:

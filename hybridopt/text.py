@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from hybridopt.errors import BudgetError, MethodError
 from hybridopt.optimizer import Method
@@ -17,10 +20,10 @@ _TOKEN = re.compile(
     r"""\s*(?:
         (?P<number>[+-]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf\b|nan\b))
       | (?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[.:][A-Za-z_][A-Za-z0-9_]*)*)
-      | (?P<string>"[^"]*"|'[^']*')
+      | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
       | (?P<mark>[()=,>\[\]])
     )""",
-    re.VERBOSE,
+    re.VERBOSE | re.DOTALL,
 )
 
 
@@ -28,10 +31,11 @@ def method(spec: str | type | Method, **options: Any) -> Method:
     """A method from text, a name, a class, or a method.
 
     Args:
-        spec: a registered name (`"slsqp"`, `"scipy.slsqp"`); text with options and chains
-            (`"dual_annealing(evaluations=500) > slsqp(ftol=1e-12)"`); a `Method` class; or a
-            `torch.optim.Optimizer` class.
-        **options: its options, for a name or class.
+        spec: a registered name (`"slsqp"`, `"scipy.slsqp"`); the place of a class (`"package.module:Class"`); text
+            with options and chains (`"dual_annealing(evaluations=500) > slsqp(ftol=1e-12)"`); a `Method` class; a
+            `torch.optim.Optimizer` class; or a method whose options are to be changed.
+        **options: its options, for anything but text that has some. A stage's limits (evaluations,
+            forward_equivalents, seconds, target, steps) are among them.
 
     Raises:
         MethodError: unknown name or option (the nearest known ones are shown), or text that cannot be read (the
@@ -43,38 +47,60 @@ def method(spec: str | type | Method, **options: Any) -> Method:
         >>> str(method("slsqp(evaluations=50) > adam(lr=.1)"))
         'scipy.slsqp(evaluations=50) > torch.adam(lr=0.1)'
     """
-    if isinstance(spec, Method):
-        return dataclasses.replace(spec, **options) if options else spec  # type: ignore[type-var]
     if isinstance(spec, str):
         if re.fullmatch(r"\s*[\w.:]+\s*", spec):
             return build(spec.strip(), options)
         if options:
             raise MethodError(f"method: options belong inside the text here: {spec!r} and {options!r}")
         return _Parser(spec).read()
-    if isinstance(spec, type) and issubclass(spec, Method):
-        return _call(spec, spec.name, options)
-    made: Method = composition("torch")(spec, options)
-    return made
+    limits, rest = _split(options)
+    if not isinstance(spec, Method):
+        name = spec.name if isinstance(spec, type) and issubclass(spec, Method) else ""
+        made = _call(spec, name, rest)
+    elif not rest:
+        made = spec
+    else:
+        made = _changed(spec, spec.label, rest)
+    return made.limit(**limits) if limits else made
 
 
 def build(name: str, options: Mapping[str, Any]) -> Method:
     """The named method with options; limits among the options make it a stage."""
-    limits = {k: v for k, v in options.items() if k in LIMITS}
-    rest = {k: v for k, v in options.items() if k not in LIMITS}
+    limits, rest = _split(options)
     made = _call(factory(name), name, rest)
     return made.limit(**limits) if limits else made
 
 
+def _changed(given: Any, label: str, options: Mapping[str, Any]) -> Method:
+    """The method with some options replaced."""
+    if not dataclasses.is_dataclass(given):
+        return build(label, {**given.options(), **options})
+    _check_options(type(given), label, options)
+    made: Any = dataclasses.replace(given, **options)  # type: ignore[type-var]
+    return made  # type: ignore[no-any-return]
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    limits = {k: v for k, v in options.items() if k in LIMITS}
+    return limits, {k: v for k, v in options.items() if k not in LIMITS}
+
+
 def _call(make: Any, name: str, options: Mapping[str, Any]) -> Method:
-    if dataclasses.is_dataclass(make):
-        known = [f.name for f in dataclasses.fields(make)]
+    """`make` is a `Method` class; anything else is left to the torch bridge."""
+    if not (isinstance(make, type) and issubclass(make, Method)):
+        made: Method = composition("torch")(make, dict(options))
+        return made
+    _check_options(make, name, options)
+    return make(**options)
+
+
+def _check_options(cls: Any, name: str, options: Mapping[str, Any]) -> None:
+    """Only a dataclass tells its options; other methods check their own."""
+    if dataclasses.is_dataclass(cls):
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
         for option in options:
             if option not in known:
-                raise MethodError(f"{name}: unknown option {option!r}{nearest(option, [*known, *LIMITS])}")
-    result = make(**options)
-    if not isinstance(result, Method):
-        raise MethodError(f"{name}: its plugin made a {type(result).__name__}, expected a Method")
-    return result
+                raise MethodError(f"{name}: unknown option {option!r}{nearest(option, {*known, *LIMITS})}")
 
 
 def print_call(label: str, options: Mapping[str, Any]) -> str:
@@ -85,11 +111,19 @@ def print_call(label: str, options: Mapping[str, Any]) -> str:
 
 
 def print_value(value: Any) -> str:
-    """A value as the parser reads it back."""
+    """A value as the parser reads it back: None, a bool, number, string, or a tuple or list of such."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value not in _WORDS and value not in ("inf", "nan")
+        plain = (
+            re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value)
+            and value not in _WORDS
+            and value not in ("inf", "nan")
+        )
         return value if plain else repr(value)
-    if isinstance(value, tuple | list):
+    if isinstance(value, list):
+        return f"[{', '.join(map(print_value, value))}]"
+    if isinstance(value, tuple):
         inner = ", ".join(map(print_value, value))
         return f"({inner}{',' if len(value) == 1 else ''})"
     return repr(value)
@@ -122,7 +156,9 @@ class _Parser:
         self.token, self.start, self.at = match.group(self.kind), match.start(self.kind), match.end()
 
     def error(self, what: str) -> MethodError:
-        return MethodError(f"method: {what}, at character {self.start + 1}:\n  {self.text}\n  {' ' * self.start}^")
+        return MethodError(
+            f"method: {what}, at character {self.start + 1}:\n  {self.text}\n  {' ' * self.start}^"
+        )
 
     def take(self, mark: str) -> bool:
         if self.kind == "mark" and self.token == mark:
@@ -147,7 +183,7 @@ class _Parser:
         if self.take("("):
             inner = self.chain()
             self.need(")", "to close the group")
-            limits, at = self.arguments()
+            limits, at = self.arguments(LIMITS)
             return self.checked(at, lambda: inner.limit(**limits)) if limits else inner
         if self.kind != "name":
             raise self.error("expected a method's name")
@@ -159,14 +195,12 @@ class _Parser:
     def checked(self, at: int, make: Any) -> Method:
         try:
             made: Method = make()
-        except (MethodError, BudgetError, TypeError) as error:
-            if "at character" in str(error):
-                raise
+        except (MethodError, BudgetError, TypeError, ValueError) as error:
             self.start = at
             raise self.error(str(error).removeprefix("method: ")) from error
         return made
 
-    def arguments(self) -> tuple[dict[str, Any], int]:
+    def arguments(self, allowed: Sequence[str] | None = None) -> tuple[dict[str, Any], int]:
         found: dict[str, Any] = {}
         at = self.start
         if not self.take("("):
@@ -177,6 +211,8 @@ class _Parser:
             name = self.token
             if name in found:
                 raise self.error(f"the option {name!r} is given twice")
+            if allowed is not None and name not in allowed:
+                raise self.error(f"expected a limit of the group, got {name!r}{nearest(name, allowed)}")
             self.advance()
             self.need("=", f"after {name!r}")
             found[name] = self.value()
@@ -191,8 +227,12 @@ class _Parser:
             plain = token.replace("_", "")
             return int(plain) if re.fullmatch(r"[+-]?[0-9]+", plain) else float(plain)
         if kind == "string":
+            try:
+                text = ast.literal_eval(token)
+            except (SyntaxError, ValueError) as error:
+                raise self.error("expected a string as Python writes it") from error
             self.advance()
-            return token[1:-1]
+            return text
         if kind == "name":
             self.advance()
             return _WORDS.get(token, token)
@@ -203,5 +243,5 @@ class _Parser:
                     items.append(self.value())
                     if not (self.kind == "mark" and self.token == closing):
                         self.need(",", f"or {closing!r} after a value")
-                return tuple(items)
+                return tuple(items) if opening == "(" else items
         raise self.error("expected a value")

@@ -42,7 +42,8 @@ class ParameterVector:
             parameter groups (dicts with a `"params"` entry).
         select: which weights. A glob pattern (`"head.*"`), several patterns, or a predicate
             `(name, tensor) -> bool`. Default None: of a module, every parameter that requires a gradient;
-            otherwise all tensors given. A frozen weight is taken only if selected by name.
+            otherwise all tensors given. A frozen weight (of a module, or a `Parameter` among those given) is taken
+            only if selected.
         bounds: None (default, unbounded), one pair `(low, high)` for all weights, an array of shape (n, 2), or a
             mapping from patterns to pairs. Bounds are tightened to the nearest numbers that the weight's dtype
             can hold, so a rounded weight never leaves them.
@@ -50,8 +51,8 @@ class ParameterVector:
             positive number, an array of shape (n,), or a mapping from patterns to positive numbers.
 
     Raises:
-        SelectionError: the selection is empty, patterns overlap, or a weight is complex, integer, nan, on the
-            meta device, or shares memory with another one under a different shape.
+        SelectionError: the selection is empty, patterns overlap, or a weight is complex, integer, narrower than 16
+            bits, nan, without values (meta, lazy), or shares memory with another one.
         BoundsError: bounds have the wrong shape, low >= high, or the start lies outside.
 
     Example:
@@ -91,11 +92,11 @@ class ParameterVector:
         self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
         x0 = self.read()
         self._check_start(x0)
-        parts: Bounds = read_bounds(bounds, self.slices, self.tensors, x0)
+        parts: Bounds = read_bounds(bounds, self.slices, self.tensors, x0, self.aliases)
         self.lower: FloatArray = parts.lower
         self.upper: FloatArray = parts.upper
         self.bounded: bool = bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
-        self.scale: FloatArray | None = read_scale(scale, self.slices, x0)
+        self.scale: FloatArray | None = read_scale(scale, self.slices, x0, self.aliases)
 
     # -- reading and writing ------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ class ParameterVector:
             flat = [t.reshape(-1).to("cpu", torch.float64) for t in self.tensors]
             return torch.cat(flat).numpy()
 
-    def write(self, x: npt.ArrayLike) -> None:
+    def write(self, x: npt.ArrayLike | Tensor) -> None:
         """Set the weights from `x`, shape (n,), rounding to each weight's dtype; strides and devices are kept.
 
         In-place optimizers that hold their iterate in these tensors are told first and save it.
@@ -115,18 +116,20 @@ class ParameterVector:
         Raises:
             ValueError: `x` has another shape than (n,).
         """
-        if self._owner is not None:
-            self.claim(None)
-        self.epoch += 1
         if self._staging is None:
             buffer = np.empty(self.n)
-            pieces = torch.from_numpy(buffer).split(list(self.sizes))
+            pieces = torch.split(torch.from_numpy(buffer), list(self.sizes))
             views = [piece.view(t.shape) for piece, t in zip(pieces, self.tensors, strict=True)]
             self._staging = (buffer, views)
         buffer, views = self._staging
+        if isinstance(x, Tensor):
+            x = x.detach().to("cpu", torch.float64).numpy()
         if np.shape(x) != buffer.shape:
             raise ValueError(f"x: expected shape ({self.n},), one number per weight, got {np.shape(x)}")
         buffer[:] = x
+        if self._owner is not None:
+            self.claim(None)
+        self.epoch += 1
         with torch.no_grad():
             torch._foreach_copy_(self.tensors, views)
 
@@ -152,7 +155,7 @@ class ParameterVector:
         """
         if x.shape != (self.n,):
             raise ValueError(f"x: expected shape ({self.n},), one number per weight, got {tuple(x.shape)}")
-        parts = x.split(list(self.sizes))
+        parts = torch.split(x, list(self.sizes))
         return {
             name: part.view(t.shape).to(device=t.device, dtype=t.dtype)
             for name, part, t in zip(self.names, parts, self.tensors, strict=True)
@@ -161,7 +164,9 @@ class ParameterVector:
     def gather(self, parts: Iterable[Tensor | None]) -> FloatArray:
         """One value per weight, given as tensors in the order of `names` (None counts as zeros), flat in float64."""
         pieces = [
-            torch.zeros(t.numel(), dtype=torch.float64) if p is None else p.reshape(-1).to("cpu", torch.float64)
+            torch.zeros(t.numel(), dtype=torch.float64)
+            if p is None
+            else p.reshape(-1).to("cpu", torch.float64)
             for p, t in zip(parts, self.tensors, strict=True)
         ]
         return torch.cat(pieces).numpy()
@@ -218,7 +223,7 @@ class ParameterVector:
     def _bound_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         sides = []
         for side in (self.lower, self.upper):
-            pieces = torch.from_numpy(side).split(list(self.sizes))
+            pieces = torch.split(torch.from_numpy(side), list(self.sizes))
             sides.append([p.view(t.shape).to(t) for p, t in zip(pieces, self.tensors, strict=True)])
         return sides[0], sides[1]
 

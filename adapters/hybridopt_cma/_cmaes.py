@@ -13,9 +13,18 @@ import numpy.typing as npt
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
+from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
-_FAILED = {"tolflatfitness", "tolfacupx", "noeffectaxis", "noeffectcoord", "conditioncov", "tolstagnation", "maxiter"}
+_FAILED = {
+    "tolflatfitness",
+    "tolfacupx",
+    "noeffectaxis",
+    "noeffectcoord",
+    "conditioncov",
+    "tolstagnation",
+    "maxiter",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class CMAES(BlockingMethod):
     tolx: float = 1e-11
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.sigma is not None and not self.sigma > 0:
             raise MethodError(f"{self.name}: expected sigma > 0, got {self.sigma!r}")
         if self.popsize is not None and not self.popsize >= 2:
@@ -91,13 +101,16 @@ class CMAES(BlockingMethod):
             options["CMA_stds"] = stds
         if start.bounded:
             options["bounds"] = [_sides(start.lower), _sides(start.upper)]
+            if start.n == 1:  # pycma 4.5 bails where it would limit the only standard deviation
+                options["maxstd"] = math.inf
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pycma warns about options and flat losses; endings say the same
             es = cma.CMAEvolutionStrategy(start.x0, sigma, options)
         while not es.stop():
             population = np.clip(np.array(es.ask()), start.lower, start.upper)
             losses = ask.values(population)
-            _tell(es, population, losses)
+            if np.isfinite(losses).any():  # else nothing was learnt: draw again from the same distribution
+                _tell(es, population, losses)
         best = es.best
         stopped = sorted(es.stop())
         reason = Reason.STALLED if _FAILED & set(stopped) else Reason.CONVERGED
@@ -123,11 +136,9 @@ def _sides(values: npt.NDArray[np.float64]) -> list[float | None]:
 
 def _tell(es: Any, population: npt.NDArray[np.float64], losses: npt.NDArray[np.float64]) -> None:
     """Tell pycma, with losses that are not finite ranked last: above the worst finite one of the generation."""
-    told = losses
-    if not np.isfinite(losses).all():
-        finite = losses[np.isfinite(losses)]
-        worst = float(finite.max()) if len(finite) else 1e300
-        told = np.where(np.isfinite(losses), losses, worst + abs(worst) + 1.0)
+    finite = np.isfinite(losses)
+    worst = float(losses[finite].max())
+    told = np.where(finite, losses, worst + abs(worst) + 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         es.tell(list(population), told.tolist())

@@ -13,9 +13,12 @@ from hybridopt.carrier import Abandoned, Isolation
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
+from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
 _WORST = 1e299  # pyswarm takes 1e300 and above for infeasible, and prints when nothing else is left
+_TINY = 1e-300
+_PATIENCE = 200_000  # evaluations that pyswarm may still ask for while it is being closed (1 µs each)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ class PSO(BlockingMethod):
     patience: int = 0
 
     def __post_init__(self) -> None:
+        check_options(self)
         for option in ("swarmsize", "maxiter"):
-            if isinstance(getattr(self, option), bool) or not getattr(self, option) >= 1:
+            if not getattr(self, option) >= 1:
                 raise MethodError(f"{self.name}: expected {option} >= 1, got {getattr(self, option)!r}")
 
     def memory(self, n: int) -> int:
@@ -77,7 +81,7 @@ class PSO(BlockingMethod):
         import pyswarm
 
         r = pyswarm.pso(
-            _Callback(ask, 2 * self.swarmsize),
+            _Callback(ask, max(3 * self.swarmsize, _PATIENCE)),
             start.lower,
             start.upper,
             swarmsize=self.swarmsize,
@@ -99,9 +103,10 @@ class PSO(BlockingMethod):
 class _Callback:
     """The loss as pyswarm calls it; when the run is closed it brings pyswarm to a quiet end.
 
-    An exception through the Fortran code would print to stderr. A loss that improves by the least possible amount
-    meets pyswarm's `minfunc` criterion within one generation instead; where rounding forbids even that, the
-    exception ends it after two.
+    An exception through the Fortran code would print to stderr. Two improvements, the second one tiny, meet pyswarm's
+    `minfunc` criterion within two generations instead. Where they cannot (`minfunc=0`, or a loss so far below 0 that
+    rounding forbids a tiny improvement) pyswarm is left to run out on equal losses, and the exception ends it only if
+    that would take too long.
     """
 
     def __init__(self, ask: Ask, patience: int) -> None:
@@ -116,6 +121,8 @@ class _Callback:
             self._patience -= 1
             if self._patience < 0:
                 raise
-            loss = float(np.nextafter(min(self._best, _WORST), -math.inf))
+            # not the smallest number: a library built with fast maths takes that for 0
+            loss = min(self._best, 0.0)
+            loss = min(loss - _TINY, float(np.nextafter(loss, -math.inf)))
         self._best = min(self._best, loss)
         return loss

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridopt.errors import MethodError
-from hybridopt.gradients import Derivative, GradientMode, check_mode
+from hybridopt.gradients import Derivative, GradientMode
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
+from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
 
@@ -57,9 +58,17 @@ class DualAnnealing(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check_mode(self.gradients, self.name)
-        if isinstance(self.maxiter, bool) or not self.maxiter >= 1:
+        check_options(self)
+        if not self.maxiter >= 1:
             raise MethodError(f"{self.name}: expected maxiter >= 1, got {self.maxiter!r}")
+        for option, holds, range_ in (
+            ("initial_temp", 0.01 < self.initial_temp <= 5e4, "in (0.01, 5e4]"),
+            ("restart_temp_ratio", 0 < self.restart_temp_ratio < 1, "in (0, 1)"),
+            ("visit", 1 < self.visit <= 3, "in (1, 3]"),
+            ("accept", -1e4 < self.accept <= -5, "in (-1e4, -5]"),
+        ):
+            if not holds:
+                raise MethodError(f"{self.name}: expected {option} {range_}, got {getattr(self, option)!r}")
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
@@ -69,7 +78,7 @@ class DualAnnealing(BlockingMethod):
         if self.gradients != "none" and self.local_search:
             options["minimizer_kwargs"] = {"method": _local_search(ask, start, self.gradients)}
         r = dual_annealing(
-            ask.value,
+            lambda x: ask.value(start.clip(x)),  # SciPy may step over an upper bound by 1e-10
             start.pairs(),
             maxiter=self.maxiter,
             initial_temp=self.initial_temp,
@@ -90,7 +99,7 @@ def _local_search(ask: Ask, start: Start, gradients: GradientMode) -> Any:
     """SciPy's own local search (its limits on iterations included), with gradients through `Derivative`."""
     from scipy.optimize import minimize
 
-    d = Derivative(ask, start, gradients)
+    d = Derivative(ask, start, gradients, finite_start=False)
     maxiter = min(max(6 * start.n, 100), 1000)  # scipy 1.17 LocalSearchWrapper
 
     def search(_: Any, x0: npt.NDArray[np.float64], **__: Any) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hybridopt.gradients import Derivative, GradientMode, check_mode
+from hybridopt.errors import MethodError
+from hybridopt.gradients import Derivative, GradientMode
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
+from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
 _CONVERGED = 0  # SLSQP's exit mode
@@ -47,7 +49,13 @@ class SLSQP(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check_mode(self.gradients, self.name)
+        check_options(self)
+        if not self.maxiter >= 1:
+            raise MethodError(f"{self.name}: expected maxiter >= 1, got {self.maxiter!r}")
+        if not self.ftol > 0:
+            raise MethodError(f"{self.name}: expected ftol > 0, got {self.ftol!r}")
+        if self.eps is not None and not self.eps > 0:
+            raise MethodError(f"{self.name}: expected eps > 0, got {self.eps!r}")
 
     def memory(self, n: int) -> int:
         """Bytes of SciPy's workspace: 8 (0.5 + 8 + 2) n² and lower terms."""

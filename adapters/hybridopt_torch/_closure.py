@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hybridopt.carrier import Carrier, Done, Question, carry
-from hybridopt.errors import ClosedError, MissingGradient, StateError
+from hybridopt.errors import ClosedError, MissingGradient, ReplayMismatch, StateError
 from hybridopt.ledger import Reason
+from hybridopt.machine import differences, fingerprint
 from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
 from hybridopt.vector import ParameterVector
 from hybridopt_torch._inplace import load_optimizer
@@ -33,8 +35,8 @@ class ClosureRun:
 
     An exception thrown into the middle of such a `step` would tear its state, so it runs suspended in a greenlet.
     What is saved is the optimizer as it stood when its present outer step began, and the (few) closure calls
-    answered since; reviving replays those. A loss that is not finite is told as +inf with zero gradients, so that a
-    line search backs off.
+    answered since; reviving replays those, and a digest tells whether it arrives at the same point. A loss that is
+    not finite is told as the worst of its step, with zero gradients, so that a line search backs off.
     """
 
     needs = frozenset({Need.GRADIENT})
@@ -52,6 +54,8 @@ class ClosureRun:
         self._told: list[_Told] = []
         self._loss = math.inf
         self._saved: list[Tensor] | None = None
+        self._expected: tuple[str, dict[str, str]] | None = None
+        self._exact = True
         self._ended = False
         self._closed = False
         if warm is not None and warm.x is not None:
@@ -92,24 +96,32 @@ class ClosureRun:
         """See `Optimizer.tell`."""
         if answer.stop is not None:
             raise answer.stop
+        grads = [t.grad for t in self.vector.tensors]  # before `ask`: reviving the step would overwrite them
         self.ask()
         if answer.finite:
-            grads = [t.grad for t in self.vector.tensors]
             if all(g is None for g in grads):
                 raise MissingGradient(
                     "gradient: the loss depends on none of the selected weights; select others, or use a "
                     "gradient-free method"
                 )
             self._loss = answer.loss if not self._told else min(self._loss, answer.loss)
+            loss = answer.loss
         else:
             grads = [torch.zeros_like(t) for t in self.vector.tensors]
-        told = _Told(answer.loss, [None if g is None else g.detach().clone() for g in grads])
+            loss = self._worse()
+        told = _Told(loss, [None if g is None else g.detach().clone() for g in grads])
         self._told.append(told)
         before = self._begin_weights
-        if self._advance(told) and self._stuck(before):
+        began = math.isfinite(self._told[0].loss)
+        if self._advance(told) and began and self._stuck(before):
             self._ended = True
             return Step(answer.loss, self.name, Reason.CONVERGED, "an outer step left the weights unchanged")
         return Step(answer.loss, self.name)
+
+    def _worse(self) -> float:
+        """What stands for a loss that is not finite: more than any of this step (torch interpolates +inf to nan)."""
+        worst = max((t.loss for t in self._told), default=math.inf)
+        return worst + abs(worst) + 1.0
 
     def _stuck(self, before: list[Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(before, self._begin_weights, strict=True))
@@ -137,10 +149,13 @@ class ClosureRun:
             "told": [[t.loss, [None if g is None else g.clone() for g in t.grads]] for t in self._told],
             "loss": self._loss,
             "ended": self._ended,
+            "at": self._at(),
+            "notes": list(self.notes),
+            "fingerprint": fingerprint() if self._expected is None else dict(self._expected[1]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
-        """See `Optimizer.load_state_dict`."""
+        """See `Optimizer.load_state_dict`; with `exact=False` an outer step that goes another way begins anew."""
         if state["method"] != str(self.method):
             raise StateError(f"state: it was saved by {state['method']!r}, this is {str(self.method)!r}")
         self._drop_carrier()
@@ -150,23 +165,63 @@ class ClosureRun:
         self._told = [_Told(loss, list(grads)) for loss, grads in state["told"]]
         self._loss = state["loss"]
         self._ended = state["ended"]
+        self._expected = None if state["at"] is None else (state["at"], dict(state["fingerprint"]))
+        self._exact = exact
+        self.notes = list(state["notes"])
         self.vector.claim(self)
         self.vector.restore(self._begin_weights)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _revive(self) -> None:
-        """Begin the outer step anew from where it began, on the recorded answers."""
+        """Begin the outer step anew from where it began, on the recorded answers.
+
+        Raises:
+            ReplayMismatch: it arrives at another point than the recorded one (and `exact` is True).
+        """
+        at, saved = self._expected or (self._at(), fingerprint())
+        begin, told = (self._begin_weights, self._begin_state), self._told
+        self._begin()
+        for item in told:
+            self._told.append(item)
+            if self._advance(item):
+                break  # over too early: `_at` differs
+        if at is None or self._digest() == at:
+            self._expected = None
+            return
+        text = (
+            f"{self.name}: after {len(told)} recorded closure calls the present step stands at another point; "
+            f"changed since: {differences(saved, fingerprint())}"
+        )
+        self._begin_weights, self._begin_state = begin
+        if self._exact:
+            self._drop_carrier()
+            self._told, self._expected = told, (at, saved)
+            raise ReplayMismatch(text + ". Load with exact=False to begin this step anew")
+        self._expected = None
+        self.notes.append(f"began a step anew: {text}")
+        self._begin()
+
+    def _begin(self) -> None:
         self._drop_carrier()
         self.vector.claim(self)
         self._saved = None
         self.vector.restore(self._begin_weights)
         load_optimizer(self.optimizer, self._begin_state)
-        told, self._told = self._told, []
+        self._told = []
         self._launch()
-        for item in told:
-            self._told.append(item)
-            self._advance(item)
+
+    def _at(self) -> str | None:
+        """Digest of the point where the closure waits for its answer; None while it does not."""
+        if self._expected is not None:
+            return self._expected[0]
+        return None if self._pending is None else self._digest()
+
+    def _digest(self) -> str:
+        code = hashlib.blake2b(digest_size=8)
+        for t in self.vector.tensors if self._saved is None else self._saved:
+            code.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return code.hexdigest()
 
     def _launch(self) -> None:
         optimizer = self.optimizer
@@ -174,11 +229,12 @@ class ClosureRun:
         def body(question: Question) -> None:
             first = True
 
-            def closure() -> float:
+            def closure() -> Tensor:
                 nonlocal first
                 request = Request(Kind.VALUE_AND_GRADIENT, None, commit=first)
                 first = False
-                return question(request).loss
+                # a tensor, as a closure written by hand returns; float64 holds any loss exactly
+                return torch.tensor(question(request).loss, dtype=torch.float64)
 
             optimizer.step(closure)  # type: ignore[arg-type]
 

@@ -40,7 +40,9 @@ class TorchMethod(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
 
-    def __init__(self, cls: type[torch.optim.Optimizer], _label: str | None = None, /, **options: Any) -> None:
+    def __init__(
+        self, cls: type[torch.optim.Optimizer], _label: str | None = None, /, **options: Any
+    ) -> None:
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise MethodError(f"method: expected a torch.optim.Optimizer class, got {cls!r}")
         self.cls = cls
@@ -135,8 +137,8 @@ def method_of(cls: Any, options: dict[str, Any]) -> TorchMethod:
     import hybridopt_torch
 
     for name in hybridopt_torch.__all__:
-        made = getattr(hybridopt_torch, name)
+        made: Any = getattr(hybridopt_torch, name)
         if isinstance(made, type) and issubclass(made, TorchMethod) and getattr(made, "cls", None) is cls:
-            named: TorchMethod = made(**options)
-            return named
+            make: Callable[..., TorchMethod] = made
+            return make(**options)
     return TorchMethod(cls, **options)

@@ -9,7 +9,18 @@ from typing import Any, ClassVar
 
 from hybridopt.errors import ClosedError, MethodError, StateError
 from hybridopt.ledger import Budget, Ledger, Reason
-from hybridopt.optimizer import Answer, FloatArray, HandOver, Incumbent, Method, Need, Optimizer, Request, StageReport, Step
+from hybridopt.optimizer import (
+    Answer,
+    FloatArray,
+    HandOver,
+    Incumbent,
+    Method,
+    Need,
+    Optimizer,
+    Request,
+    StageReport,
+    Step,
+)
 from hybridopt.point import Point
 from hybridopt.randomness import derive_seed
 from hybridopt.text import print_call
@@ -34,9 +45,13 @@ class Stage(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
-            raise MethodError(f"stage: expected a Method, got {type(self.method).__name__}; see hybridopt.method")
-        if self.steps is not None and (isinstance(self.steps, bool) or not self.steps >= 1):
+            raise MethodError(
+                f"stage: expected a Method, got {type(self.method).__name__}; see hybridopt.method"
+            )
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        if self.steps is not None and not (whole and self.steps >= 1):
             raise MethodError(f"stage: expected steps >= 1, got {self.steps!r}")
+        _gather(self, (self.method,))
 
     @property
     def limited(self) -> bool:
@@ -100,6 +115,7 @@ class Chain(Method):
         if not flat:
             raise MethodError("chain: expected at least one stage")
         object.__setattr__(self, "stages", tuple(flat))
+        _gather(self, self.stages)
 
     @property
     def label(self) -> str:
@@ -112,6 +128,13 @@ class Chain(Method):
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
         """See `Method.start`."""
         return ChainRun(self.stages, vector, seed, warm)
+
+
+def _gather(made: Method, parts: Iterable[Method]) -> None:
+    """What a composition needs and uses is what its parts do; no fields, since they follow from the parts."""
+    parts = tuple(parts)
+    object.__setattr__(made, "needs", frozenset[Need]().union(*(part.needs for part in parts)))
+    object.__setattr__(made, "uses", frozenset[Need]().union(*(part.uses for part in parts)))
 
 
 def chain(stages: Iterable[Method]) -> Chain:
@@ -139,10 +162,13 @@ class ChainRun:
         self.needs = stages[0].method.needs
         self._done: list[StageReport] = []
         self._notes: list[str] = []
-        self._best_loss = math.inf
+        self._best_loss = math.inf if warm is None else warm.loss
         self._best_x: FloatArray | None = None if warm is None else warm.x
         self._ended = False
         self._closed = False
+        # what cannot begin is refused now, not after the stages before it have been paid
+        for later in stages[1:]:
+            later.method.start(vector, seed).close()
         self._begin(0, warm)
 
     def _begin(self, index: int, warm: HandOver | None) -> None:
@@ -198,12 +224,15 @@ class ChainRun:
                 self._best_x = self.vector.encode(point.flat(self.vector))
             return
         own = self._child.incumbent
-        self._best_loss = own.loss
-        self._best_x = self.vector.encode(self.vector.read()) if own.x is None else own.x
+        if math.isfinite(own.loss) or self._best_x is None:
+            self._best_loss = own.loss
+            self._best_x = self.vector.encode(self.vector.read()) if own.x is None else own.x
 
     @property
     def incumbent(self) -> Incumbent:
-        """The present stage's own point."""
+        """The present stage's own point; before a later stage's first evaluation the point it starts from."""
+        if self._index > 0 and self._scope.evaluations == 0 and self._best_x is not None:
+            return Incumbent(self._best_loss, self._best_x)
         return self._child.incumbent
 
     @property
@@ -240,7 +269,13 @@ class ChainRun:
             "scope": self._scope.state_dict(),
             "scope_best": None if point is None else point.state_dict(),
             "done": [
-                [r.method, None if r.reason is None else r.reason.value, r.message, r.best_loss, dict(r.spent)]
+                [
+                    r.method,
+                    None if r.reason is None else r.reason.value,
+                    r.message,
+                    r.best_loss,
+                    dict(r.spent),
+                ]
                 for r in self._done
             ],
             "notes": list(self._notes),
@@ -259,7 +294,11 @@ class ChainRun:
         self._best_loss = state["best"]["loss"]
         self._best_x = Point.from_state(state["best"]).x
         self._scope.load_state_dict(state["scope"])
-        self._scope.best_point = None if state["scope_best"] is None else Point.from_state(state["scope_best"])
-        self._done = [StageReport(m, None if r is None else Reason(r), t, b, s) for m, r, t, b, s in state["done"]]
+        self._scope.best_point = (
+            None if state["scope_best"] is None else Point.from_state(state["scope_best"])
+        )
+        self._done = [
+            StageReport(m, None if r is None else Reason(r), t, b, s) for m, r, t, b, s in state["done"]
+        ]
         self._notes = list(state["notes"])
         self._child.load_state_dict(state["child"], exact=exact)

@@ -22,7 +22,13 @@ class Untranslatable(Exception):
 
 
 def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtype: str) -> str:
-    """The generated module: `run(table, n, hyper)`, `begin(...)`, `apply(...)`, see the template."""
+    """The generated module: `run(block)`, `block` being the address of nine int64.
+
+    They are: how many tensors; the addresses of the table (a row for each tensor: elements, per-tensor numbers, weight,
+    states), of the gradients' addresses, of the hyperparameters, and of room for coefficients; what to do (0 all,
+    1 only the coefficients, 2 only the pieces `low` to `high`); the address of the pieces (tensor, start, count);
+    low; high.
+    """
     kind, number = _TYPES[dtype]
     size = 8 if dtype == "float64" else 4
     scalar_kind, scalar_number = _TYPES[scalar_dtype]
@@ -31,7 +37,7 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
     if rule.scalars is None:
         names = ", ".join(f"h{i}" for i in range(len(rule.hyper)))
         returned = f"{names}," if names else "()"
-        scalars = ["@njit(**OPTIONS)", f"def _scalars(step, {names}):", f"    return {returned}"]
+        scalars = ["@njit(**INNER)", f"def _scalars(step, {names}):", f"    return {returned}"]
     else:
         scalars = _function(rule.scalars, "_scalars", {}, typed=False)
     coefficients = rule.coefficients
@@ -53,15 +59,16 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
         "import numpy as np",
         "from numba import carray, njit",
         "from hybridopt.engines._intrinsics import fma as _fma, pointer_f32, pointer_f64, pointer_i64",
-        "OPTIONS = dict(nogil=True, error_model='numpy')",
+        "OPTIONS = dict(nogil=True, error_model='numpy', no_cfunc_wrapper=True)",
+        "INNER = dict(OPTIONS, no_cpython_wrapper=True)  # called by `run` alone; wrappers would cost 0.2 s",
         f"ZERO = {number}(0)",
-        "@njit(inline='always')",
+        "@njit(**INNER)",
         "def _stored(x):",
         f"    return np.float64({scalar_number}(x))",
         _HELPER_SOURCE,
         *update,
         *scalars,
-        "@njit(**OPTIONS)",
+        "@njit(**INNER)",
         f"def _inner(p, g, {arrays + ', ' if arrays else ''}{cs}):",
         "    for i in range(p.shape[0]):",
         f"        q, {results + ',' if results else ''} = _update(p[i], g[i], {inputs + ', ' if inputs else ''}{cs})"
@@ -69,7 +76,7 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
         else f"        (q,) = _update(p[i], g[i], {cs})",
         "        p[i] = q",
         *(f"        s{i}[i] = r{i}" for i in range(states)),
-        "@njit(**OPTIONS)",
+        "@njit(**INNER)",
         "def _begin(row, hyper, out):",
     ]
     if rule.counts:
@@ -91,7 +98,7 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
     lines += [f"    out[{i}] = c{i}" for i in range(len(coefficients))]
     lines += [f"    x{i}[0] = e{i}" for i in range(extra)]
     lines += [
-        "@njit(**OPTIONS)",
+        "@njit(**INNER)",
         "def _apply(row, gradient, start, count, c):",
         f"    g = carray(pointer_{kind}(gradient + start * {size}), (count,))",
         *(
@@ -101,31 +108,33 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
         f"    _inner(p, g, {arrays + ', ' if arrays else ''}"
         + ", ".join(f"{number}(c[{i}])" for i in range(len(coefficients)))
         + ")",
-        "@njit('void(int64, int64, int64, int64, int64)', cache=True, **OPTIONS)",
-        "def run(table_address, gradients_address, n, hyper_address, scratch_address):",
-        "    g = carray(pointer_i64(gradients_address), (n,))",
-        f"    table = carray(pointer_i64(table_address), (n, {first + states}))",
-        f"    hyper = carray(pointer_f64(hyper_address), ({max(len(rule.hyper), 1)},))",
-        f"    c = carray(pointer_f64(scratch_address), (n, {len(coefficients)}))",
-        "    for t in range(n):",
-        "        _begin(table[t], hyper, c[t])",
-        "        _apply(table[t], g[t], 0, table[t, 0], c[t])",
-        "@njit('void(int64, int64, int64, int64)', cache=True, **OPTIONS)",
-        "def begin(table_address, n, hyper_address, scratch_address):",
-        f"    table = carray(pointer_i64(table_address), (n, {first + states}))",
-        f"    hyper = carray(pointer_f64(hyper_address), ({max(len(rule.hyper), 1)},))",
-        f"    c = carray(pointer_f64(scratch_address), (n, {len(coefficients)}))",
-        "    for t in range(n):",
-        "        _begin(table[t], hyper, c[t])",
-        "@njit('void(int64, int64, int64, int64, int64, int64, int64)', cache=True, **OPTIONS)",
-        "def apply(table_address, gradients_address, n, scratch_address, chunks_address, low, high):",
-        "    g = carray(pointer_i64(gradients_address), (n,))",
-        f"    table = carray(pointer_i64(table_address), (n, {first + states}))",
-        f"    c = carray(pointer_f64(scratch_address), (n, {len(coefficients)}))",
-        "    chunks = carray(pointer_i64(chunks_address), (high, 3))",
-        "    for k in range(low, high):",
-        "        t = chunks[k, 0]",
-        "        _apply(table[t], g[t], chunks[k, 1], chunks[k, 2], c[t])",
+        "@njit(**INNER)",
+        "def _tables(block_address):",
+        "    block = carray(pointer_i64(block_address), (5,))",
+        "    n = block[0]",
+        f"    table = carray(pointer_i64(block[1]), (n, {first + states}))",
+        "    gradients = carray(pointer_i64(block[2]), (n,))",
+        f"    hyper = carray(pointer_f64(block[3]), ({max(len(rule.hyper), 1)},))",
+        f"    c = carray(pointer_f64(block[4]), (n, {len(coefficients)}))",
+        "    return n, table, gradients, hyper, c",
+        "@njit('void(int64)', cache=True, **OPTIONS)",  # one entry: what numba takes long for is paid per entry
+        "def run(block_address):",
+        "    n, table, g, hyper, c = _tables(block_address)",
+        "    block = carray(pointer_i64(block_address), (9,))",
+        "    work, low, high = block[5], block[7], block[8]",
+        "    if work != 2:",
+        "        for t in range(n):",
+        "            _begin(table[t], hyper, c[t])",
+        "    if work == 0:",
+        "        low, high = 0, n",
+        "    if work != 1:",
+        "        chunks = carray(pointer_i64(block[6]), (high, 3))",
+        "        for k in range(low, high):",
+        "            if work == 0:",
+        "                t, start, count = k, 0, table[k, 0]",
+        "            else:",
+        "                t, start, count = chunks[k, 0], chunks[k, 1], chunks[k, 2]",
+        "            _apply(table[t], g[t], start, count, c[t])",
     ]
     return "\n".join(lines) + "\n"
 
@@ -133,18 +142,18 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
 _HELPER_SOURCE = """
 _sqrt = math.sqrt
 _abs = abs
-@njit(inline='always')
+@njit(**INNER)
 def _where(c, a, b):
     return a if c else b
-@njit(inline='always')
+@njit(**INNER)
 def _maximum(a, b):
     return a if (a > b) | (a != a) else b
-@njit(inline='always')
+@njit(**INNER)
 def _minimum(a, b):
     return a if (a < b) | (a != a) else b
-@njit(inline='always')
+@njit(**INNER)
 def _sign(a):
-    return math.copysign(type(a)(1), a) if a != 0 else a
+    return type(a)(a > 0) - type(a)(a < 0)
 """
 
 
@@ -179,8 +188,8 @@ def _function(function: Callable[..., Any], name: str, flags: Mapping[str, bool]
         definition.body = definition.body[1:]  # a docstring
     folder = _Folder(flags, function.__globals__, known, typed)
     definition = folder.visit(definition)
-    constants = [f"{key} = np.float32({value!r})" for key, value in folder.constants.items()]
-    return [*constants, "@njit(**OPTIONS)", ast.unparse(ast.fix_missing_locations(definition))]
+    constants = [f"{key} = np.float32({str(value)!r})" for key, value in folder.constants.items()]
+    return [*constants, "@njit(**INNER)", ast.unparse(ast.fix_missing_locations(definition))]
 
 
 class _Folder(ast.NodeTransformer):
@@ -203,6 +212,12 @@ class _Folder(ast.NodeTransformer):
                 result.extend(out if isinstance(out, list) else [out])
             return result
         raise Untranslatable("`if` on a value; use xp.where (an `if` may only test flags)")
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        test = self.visit(node.test)
+        if isinstance(test, ast.Constant):
+            return self.visit(node.body if test.value else node.orelse)
+        raise Untranslatable("`... if ... else ...` on a value; use xp.where (an `if` may only test flags)")
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
         values = [self.visit(v) for v in node.values]
@@ -256,7 +271,7 @@ class _Folder(ast.NodeTransformer):
 
     def _number(self, value: float) -> ast.expr:
         if not self.typed:
-            return ast.Constant(float(value))
+            return ast.Constant(float(value))  # unparsed as 1e309 if infinite
         for name, known in self.constants.items():
             if known == value:
                 return ast.Name(name, ast.Load())

@@ -7,11 +7,14 @@ cache does not notice a rule that was edited in another file.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -33,42 +36,86 @@ def available() -> str:
 def cache_folder() -> Path:
     """Where generated modules are kept: `$HYBRIDOPT_CACHE`, else the user's cache folder, else a temporary one."""
     named = os.environ.get("HYBRIDOPT_CACHE")
-    base = (
-        Path(named)
-        if named
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridopt"
-    )
     try:
+        base = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridopt")
         folder = base / "cpu"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # not writable; no home
         pass
-    return Path(tempfile.mkdtemp(prefix="hybridopt-"))
+    return _temporary_folder()
 
 
 @functools.cache
+def _temporary_folder() -> Path:
+    """For this process, which removes it at its end."""
+    folder = tempfile.mkdtemp(prefix="hybridopt-")
+    atexit.register(_remove, folder, os.getpid())
+    return Path(folder)
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child leaves its parent's folder alone
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def compiled(rule: Rule, flags: tuple[tuple[str, bool], ...], dtype: str, scalar_dtype: str) -> ModuleType:
     """The compiled variant of a rule: a module with `run`, `begin` and `apply`.
 
     Raises:
-        Untranslatable: the rule's source is not available or uses what cannot be compiled.
+        Untranslatable: the rule's source is not available, uses what cannot be compiled, or numba failed.
     """
-    source = module_source(rule, dict(flags), dtype, scalar_dtype)
+    key = (rule, flags, dtype, scalar_dtype)
+    found = _modules.get(key)
+    if found is None:
+        with _compiling:  # numba compiles one at a time anyway
+            found = _modules.get(key)
+            if found is None:
+                try:
+                    found = _compile(rule, dict(flags), dtype, scalar_dtype)
+                except Untranslatable as error:
+                    found = str(error)
+                _modules[key] = found
+    if isinstance(found, str):
+        raise Untranslatable(found)
+    return found
+
+
+# why not, where it failed: a second try would take as long
+_modules: dict[tuple[Rule, tuple[tuple[str, bool], ...], str, str], ModuleType | str] = {}
+_compiling = threading.Lock()
+
+
+def _compile(rule: Rule, flags: dict[str, bool], dtype: str, scalar_dtype: str) -> ModuleType:
+    source = module_source(rule, flags, dtype, scalar_dtype)
     name = f"rule_{digest(source)}"
-    path = cache_folder() / f"{name}.py"
-    if not path.exists() or path.read_text() != source:
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(source)
-        scratch.replace(path)
+    try:
+        path = _written(cache_folder(), name, source)
+    except OSError:  # the disk is full, or the folder went away
+        path = _written(_temporary_folder(), name, source)
     spec = importlib.util.spec_from_file_location(f"_hybridopt_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # numba looks it up there when it loads from its cache
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a compiler throws, other code can still do the step
+        del sys.modules[spec.name]
+        first = str(error).strip().partition("\n")[0]
+        raise Untranslatable(f"numba cannot compile it ({type(error).__name__}: {first})") from error
     return module
+
+
+def _written(folder: Path, name: str, source: str) -> Path:
+    """The module's file, put there in one move: other processes may be doing the same."""
+    path = folder / f"{name}.py"
+    if not path.exists() or path.read_text() != source:
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as scratch:
+            scratch.write(source)
+        Path(scratch.name).replace(path)
+    return path
 
 
 @functools.cache
@@ -77,5 +124,11 @@ def pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hybridopt-step")
 
 
-# a forked child has the parent's pool object but none of its threads
-os.register_at_fork(after_in_child=pool.cache_clear)
+def _after_fork() -> None:
+    """A forked child has the parent's pool and lock, but none of the threads that serve and hold them."""
+    global _compiling
+    pool.cache_clear()
+    _compiling = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

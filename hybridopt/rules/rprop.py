@@ -28,9 +28,11 @@ def _update(
     if maximize:
         g = -g
     agreement = g * prev
-    factor = xp.where(agreement > 0, etaplus, xp.where(agreement < 0, etaminus, agreement * 0 + 1))
-    step_size = xp.minimum(xp.maximum(step_size * factor, step_size_min), step_size_max)
-    g = xp.where(agreement < 0, g * 0, g)
+    grown = xp.where(
+        agreement > 0, step_size * etaplus, xp.where(agreement < 0, step_size * etaminus, step_size)
+    )
+    step_size = xp.minimum(xp.maximum(grown, step_size_min), step_size_max)
+    g = xp.where(agreement < 0, step_size * 0, g)  # not g * 0: that is nan for an infinite gradient
     return p - xp.sign(g) * step_size, g, step_size
 
 

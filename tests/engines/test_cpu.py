@@ -1,0 +1,229 @@
+"""The compiled CPU engine: its disk cache, what it refuses and how it says so, and what an import costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import hybridopt.optim
+from hybridopt.engines import cpu
+from hybridopt.engines._source import Untranslatable, digest, module_source
+from hybridopt.rules import Rule, xp
+from hybridopt.rules.sgd import RULE as SGD
+from hybridopt.rules.sgd import _scalars
+
+FLAGS = {"maximize": False, "decay": False, "heavy": False, "nesterov": False}
+STEP = """
+import sys, torch, hybridopt.optim
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = hybridopt.optim.SGD([p], lr=0.5)
+p.grad = torch.ones(3)
+optimizer.step()
+assert p.tolist() == [0.5] * 3
+print(optimizer._used)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh Python prints; warnings are errors there too."""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def step(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+# -- the cache on disk --------------------------------------------------------------------------------------
+
+
+def test_key_covers_the_rules_text() -> None:
+    """An edited rule, other flags, other dtypes: another module; the same text: the same."""
+    edited = types.FunctionType(_scalars.__code__, _scalars.__globals__)
+    assert module_source(
+        Rule(SGD.update, edited, SGD.state, SGD.hyper, (), False), FLAGS, "float32", "float32"
+    ) == (module_source(SGD, FLAGS, "float32", "float32"))
+    sources = [
+        module_source(SGD, FLAGS, "float32", "float32"),
+        module_source(SGD, FLAGS, "float64", "float32"),
+        module_source(SGD, {**FLAGS, "maximize": True}, "float32", "float32"),
+        module_source(
+            Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), FLAGS, "float32", "float32"
+        ),
+    ]
+    assert len({digest(s) for s in sources}) == len(sources)
+
+
+def test_rule_edited_on_disk_is_compiled_anew(tmp_path: Path) -> None:
+    rule = tmp_path / "mine.py"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else '.')\n"
+        "import torch, mine, hybridopt.optim\n"
+        "p = torch.nn.Parameter(torch.ones(1)); p.grad = torch.ones(1)\n"
+        "o = hybridopt.optim.from_rule(mine.update, defaults={'lr': 0.5})([p])\n"
+        "o.param_groups[0]['lr'] = 0.25; o.step(); o.step(); print(o._used, p.item())"
+    )
+    code = code.replace("sys.argv[1] if len(sys.argv) > 1 else '.'", repr(str(tmp_path)))
+    results = []
+    for factor in (1, 2):
+        rule.write_text(f"def update(p, g, lr):\n    return (p - lr * {factor}.0 * g,)\n")
+        results.append(run(code, HYBRIDOPT_CACHE=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1"))
+    assert results == ["fused (numba) 0.5", "fused (numba) 0.0"]
+    assert len(list((tmp_path / "cache" / "cpu").glob("rule_*.py"))) == 2
+
+
+def test_cache_is_used_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
+    modules = list((tmp_path / "cpu").glob("*.py"))
+    compiled = list((tmp_path / "cpu").rglob("*.nbc"))
+    assert len(modules) == 1
+    assert len(compiled) == 1
+    assert not list((tmp_path / "cpu").glob("*.tmp"))
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file stands where the folder should be: a temporary folder, gone afterwards."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp")) == "fused (numba)"
+    assert not list((tmp_path / "tmp").glob("hybridopt-*"))
+
+
+def test_damaged_module_is_written_again(tmp_path: Path) -> None:
+    run(STEP, HYBRIDOPT_CACHE=str(tmp_path))
+    (module,) = (tmp_path / "cpu").glob("*.py")
+    text = module.read_text()
+    module.write_text(text.replace("p[i] = q", "p[i] = 7"))
+    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
+    assert module.read_text() == text
+
+
+def test_two_processes_compile_at_once(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "HYBRIDOPT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", STEP], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [p.communicate(timeout=120)[0].strip() for p in processes] == ["fused (numba)"] * 3
+    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
+
+
+# -- imports ------------------------------------------------------------------------------------------------
+
+
+def test_import_loads_no_compiler() -> None:
+    loaded = run("import sys, hybridopt.optim; print('numba' in sys.modules, 'llvmlite' in sys.modules)")
+    assert loaded == "False False"
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's code; one warning, and only if fused was asked for."""
+    monkeypatch.setattr(cpu, "available", lambda: "numba is not installed")
+    quiet = hybridopt.optim.RMSprop([Parameter(torch.ones(2))])
+    loud = hybridopt.optim.RMSprop([Parameter(torch.ones(2))], fused=True)
+    with pytest.warns(
+        RuntimeWarning, match="RMSprop: fused was asked for, but numba is not installed; torch's own"
+    ):
+        step(loud)
+    for optimizer in (quiet, loud):
+        step(optimizer)
+        step(optimizer)
+        assert optimizer._used == "torch's own code: numba is not installed"
+
+
+def test_numba_that_is_broken() -> None:
+    code = STEP.replace("import sys,", "import importlib.util, sys; sys.modules['numba'] = None\nimport")
+    code = code.replace("optimizer.step()", "importlib.util.find_spec = lambda name: True\noptimizer.step()")
+    assert "numba cannot compile it (ModuleNotFoundError" in run(code, HYBRIDOPT_CACHE="")
+
+
+# -- rules it cannot express --------------------------------------------------------------------------------
+
+TABLE = [1.0, 2.0]
+
+
+def unknown_global(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p - lr * g * TABLE[0],)
+
+
+def if_on_a_value(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    if lr > 0:
+        p = p - lr * g
+    return (p,)
+
+
+def inline_if(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p - (lr if lr > 0 else 0.0) * g,)
+
+
+def unknown_function(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p - lr * torch.sign(g),)
+
+
+def and_on_values(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (xp.where((lr > 0) and (lr < 1), p - lr * g, p),)
+
+
+def does_not_type(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p - lr * g, p)
+
+
+exec("def no_source(p, g, lr): return (p - lr * g,)")
+
+REFUSED = {
+    unknown_global: "the name 'TABLE'",
+    if_on_a_value: "`if` on a value; use xp.where",
+    inline_if: r"`\.\.\. if \.\.\. else \.\.\.` on a value; use xp.where",
+    unknown_function: "`torch.sign`; a rule may use xp.sqrt",
+    and_on_values: "`and`/`or` on values",
+    does_not_type: "numba cannot compile it",
+    globals()["no_source"]: "its source cannot be read",
+}
+
+
+@pytest.mark.parametrize("update", REFUSED, ids=lambda f: f.__name__)
+def test_refusal_names_the_reason(update: Any) -> None:
+    rule = Rule(update, None, (), ("lr",), (), False)
+    for _ in range(2):  # the second answer is remembered
+        with pytest.raises(Untranslatable, match=REFUSED[update]):
+            cpu.compiled(rule, (), "float32", "float32")
+
+
+def test_infinite_and_typed_constants() -> None:
+    rule = Rule(_constants, None, (), ("lr",), (), False)
+    p = Parameter(torch.tensor([1.0, 2.0]))
+    optimizer: Any = hybridopt.optim.from_rule(_constants, defaults={"lr": 0.5})([p])
+    step(optimizer)
+    step(optimizer)
+    assert rule.coefficients == ("lr",)
+    assert optimizer._used == "fused (numba)"
+    assert p.tolist() == [0.0, 1.0]
+
+
+INFINITY = float("inf")
+
+
+def _constants(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (xp.minimum(p - lr * g * 1, INFINITY),)
