@@ -1,5 +1,6 @@
 """One harness for gradient and gradient-free optimizers over a PyTorch model's weights."""
 
+from hybridopt import optim
 from hybridopt.compose import Chain, Stage
 from hybridopt.errors import HybridoptError
 from hybridopt.harness import Run, minimize
@@ -29,5 +30,6 @@ __all__ = [
     "__version__",
     "method",
     "minimize",
+    "optim",
     "step",
 ]

@@ -33,7 +33,8 @@ __all__ = [
     "DualAnnealing", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam",
 ]  # fmt: skip
 
-_CLASSES = {value.partition(":")[2]: name for name, value in BUILTIN.items()}
+# a name with a dot belongs to an outside library
+_CLASSES = {value.partition(":")[2]: name for name, value in BUILTIN.items() if "." in name}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ into the C stack while it calls back (f2py callbacks, MINPACK) needs a thread.
 
 from __future__ import annotations
 
-import contextvars
 import sys
 import threading
 import warnings
@@ -134,7 +133,6 @@ class GreenletCarrier:
     def __init__(self, body: Body) -> None:
         self._token = _thread_token()
         self._greenlet = greenlet.greenlet(lambda _: Done(body(_ask_parent)))
-        self._greenlet.gr_context = contextvars.copy_context()
         self._grad_mode = True  # torch's default, whatever the mode of the caller who happens to begin it
         self._filters = _Filters()
 

@@ -78,6 +78,7 @@ class Run:
             self._log = tracker.begin(self.label, self.seed)
             self.objective.listeners.append(self._log)
         self._result: Result | None = None
+        self._ended: tuple[Reason, str] | None = None  # by the method itself, which no larger budget undoes
         self.optimizer: Optimizer = self.method.start(self.objective.vector, self.seed)
 
     # -- stepping -----------------------------------------------------------------------------------------------
@@ -94,10 +95,11 @@ class Run:
             self.reason, self.message = stop.reason, stop.reason.sentence
             return None
         self.steps += 1
+        if done.reason is not None:
+            self._ended = (done.reason, done.message or done.reason.sentence)
+            self.reason, self.message = self._ended
         if self.objective.ledger.target_reached:
             self.reason, self.message = Reason.TARGET, Reason.TARGET.sentence
-        elif done.reason is not None:
-            self.reason, self.message = done.reason, done.message or done.reason.sentence
         return done
 
     def __iter__(self) -> Iterator[Step]:
@@ -181,6 +183,7 @@ class Run:
             "method": str(self.method),
             "seed": self.seed,
             "steps": self.steps,
+            "ended": None if self._ended is None else [self._ended[0].value, self._ended[1]],
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -202,7 +205,9 @@ class Run:
             raise StateError(f"state: it was saved by {state['method']!r}, this run is {str(self.method)!r}")
         self.seed = state["seed"]
         self.steps = state["steps"]
-        self.reason, self.message = None, ""
+        ended = state["ended"]
+        self._ended = None if ended is None else (Reason(ended[0]), ended[1])
+        self.reason, self.message = (None, "") if self._ended is None else self._ended
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"], exact=exact)
 

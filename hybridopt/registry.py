@@ -18,6 +18,20 @@ GROUP = "hybridopt.optimizers"
 # What this distribution registers by entry point itself, so that a bare checkout works too (a test keeps the two
 # equal).
 BUILTIN: dict[str, str] = {
+    "adadelta": "hybridopt_torch.ours:Adadelta",
+    "adagrad": "hybridopt_torch.ours:Adagrad",
+    "adam": "hybridopt_torch.ours:Adam",
+    "adamax": "hybridopt_torch.ours:Adamax",
+    "adamw": "hybridopt_torch.ours:AdamW",
+    "adan": "hybridopt_torch.ours:Adan",
+    "adopt": "hybridopt_torch.ours:ADOPT",
+    "asgd": "hybridopt_torch.ours:ASGD",
+    "lion": "hybridopt_torch.ours:Lion",
+    "nadam": "hybridopt_torch.ours:NAdam",
+    "radam": "hybridopt_torch.ours:RAdam",
+    "rmsprop": "hybridopt_torch.ours:RMSprop",
+    "rprop": "hybridopt_torch.ours:Rprop",
+    "sgd": "hybridopt_torch.ours:SGD",
     "cma.cmaes": "hybridopt_cma:CMAES",
     "pyswarm.pso": "hybridopt_pyswarm:PSO",
     "scipy.dual_annealing": "hybridopt_scipy:DualAnnealing",

@@ -45,7 +45,7 @@ def method(spec: str | type | Method, **options: Any) -> Method:
         >>> method("slsqp", ftol=1e-9) == method("slsqp(ftol=1e-9)")
         True
         >>> str(method("slsqp(evaluations=50) > adam(lr=.1)"))
-        'scipy.slsqp(evaluations=50) > torch.adam(lr=0.1)'
+        'scipy.slsqp(evaluations=50) > adam(lr=0.1)'
     """
     if isinstance(spec, str):
         if re.fullmatch(r"\s*[\w.:]+\s*", spec):

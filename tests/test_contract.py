@@ -73,6 +73,23 @@ class TestAdam(OptimizerContract):
     random = False
 
 
+class TestOurAdam(OptimizerContract):
+    method = hybridopt.method("adam(lr=0.05)")
+    random = False
+
+
+class TestOurNAdam(OptimizerContract):
+    """With a scalar state of its own (`mu_product`, float32 whatever the weights)."""
+
+    method = hybridopt.method("nadam(lr=0.05)")
+    random = False
+
+
+class TestLion(OptimizerContract):
+    method = hybridopt.method("lion(lr=0.02)")
+    random = False
+
+
 class TestSGD(OptimizerContract):
     method = hybridopt.method("torch.sgd(lr=1e-3, momentum=0.9)")
     random = False

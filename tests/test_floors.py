@@ -74,6 +74,7 @@ SHARED = (
     "hybridopt_torch/_closure.py",
     "hybridopt_torch/_inplace.py",
     "hybridopt_torch/_method.py",
+    "hybridopt_torch/ours.py",
 )
 
 # Files that must work with any method and therefore name none.

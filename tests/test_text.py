@@ -135,7 +135,7 @@ def test_any_text_is_a_method_or_an_error_of_ours(text: str) -> None:
 
 
 def test_what_was_pickled_prints_the_same() -> None:
-    for made in (method("slsqp(ftol=1e-9) > adam(lr=.1, evaluations=5)"), Adam(lr=0.5)):
+    for made in (method("slsqp(ftol=1e-9) > torch.adam(lr=.1, evaluations=5)"), Adam(lr=0.5)):
         again = pickle.loads(pickle.dumps(made))
         assert again == made
         assert str(again) == str(made)
@@ -152,13 +152,13 @@ def test_what_was_pickled_prints_the_same() -> None:
         ("slsqp ( ftol = +1_0.5e-1 , gradients = 'none' )", SLSQP(ftol=1.05, gradients="none")),
         ('slsqp(gradients="none", eps=None)', SLSQP(gradients="none")),
         ("dual_annealing(local_search=false)", DualAnnealing(local_search=False)),
-        ("adam(betas=(.8, .9), amsgrad=True)", Adam(betas=(0.8, 0.9), amsgrad=True)),
-        ("adam(betas=[.8, .9])", Adam(betas=[0.8, 0.9])),
+        ("torch.adam(betas=(.8, .9), amsgrad=True)", Adam(betas=(0.8, 0.9), amsgrad=True)),
+        ("torch.adam(betas=[.8, .9])", Adam(betas=[0.8, 0.9])),
         ("torch.optim:Adam(lr=1)", Adam(lr=1)),
         ("outside_module:Shell.Inner(a=(), b=(1,), c=[[]])", method(Outside, a=(), b=(1,), c=[[]])),
-        ("slsqp>adam", SLSQP() >> Adam()),
-        ("slsqp > (adam > slsqp)", SLSQP() >> Adam() >> SLSQP()),
-        ("(slsqp > adam)(steps=3) > adam", (SLSQP() >> Adam()).limit(steps=3) >> Adam()),
+        ("slsqp>torch.adam", SLSQP() >> Adam()),
+        ("slsqp > (torch.adam > slsqp)", SLSQP() >> Adam() >> SLSQP()),
+        ("(slsqp > torch.adam)(steps=3) > torch.adam", (SLSQP() >> Adam()).limit(steps=3) >> Adam()),
         ("slsqp(evaluations=5, ftol=1e-3)", SLSQP(ftol=1e-3).limit(evaluations=5)),
         ("slsqp(target=-inf_)", None),
     ],
@@ -191,7 +191,7 @@ def test_a_class_a_name_and_a_method_take_the_same_options() -> None:
     assert method("slsqp", ftol=1, evaluations=5) == method(SLSQP, ftol=1, evaluations=5)
     assert method(SLSQP(ftol=1), evaluations=5) == method("slsqp(ftol=1, evaluations=5)")
     assert (
-        method("adam", lr=1, steps=2)
+        method("torch.adam", lr=1, steps=2)
         == method(torch.optim.Adam, lr=1, steps=2)
         == method(Adam, lr=1, steps=2)
     )
@@ -240,7 +240,7 @@ def test_numbers_of_numpy_print_as_numbers() -> None:
         ("slsqp > adm(lr=1)", 9, "unknown name 'adm'; nearest: adam"),
         ("slsqp > slsqp(ftoll=1)", 9, "slsqp: unknown option 'ftoll'; nearest: ftol"),
         ("slsqp(evalautions=1)", 1, "unknown option 'evalautions'; nearest: evaluations"),
-        ("adam(lrr=1)", 1, "torch.adam: unknown option 'lrr'; nearest: lr"),
+        ("torch.adam(lrr=1)", 1, "torch.adam: unknown option 'lrr'; nearest: lr"),
         (
             "slsqp > slsqp(gradients=yes)",
             9,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -89,33 +90,39 @@ class TorchMethod(Method):
         return hash((self.cls, tuple(sorted(self._options))))
 
     def __repr__(self) -> str:
-        inner = ", ".join([self.cls.__name__, *(f"{k}={v!r}" for k, v in self._options.items())])
-        return f"TorchMethod({inner})"
+        return f"method({str(self)!r})"
 
 
-def torch_method(torch_class: type[torch.optim.Optimizer], registered: str) -> type[TorchMethod]:
-    """A named method class for one torch optimizer, so that `Adam(lr=.01)` and `"torch.adam(lr=.01)"` are equal."""
+def torch_method(
+    torch_class: type[torch.optim.Optimizer], registered: str, module: str = "hybridopt_torch"
+) -> type[TorchMethod]:
+    """A named method class for one torch optimizer, so that `Adam(lr=.01)` and `"torch.adam(lr=.01)"` are equal.
+
+    Args:
+        torch_class: the optimizer.
+        registered: its name in the registry.
+        module: where the returned class is found under the optimizer's name.
+    """
+    found = f"{torch_class.__module__.partition('.')[0]}.optim.{torch_class.__name__}"
 
     class Named(TorchMethod):
-        __doc__ = f"`torch.optim.{torch_class.__name__}` as a method; options as in torch. See `TorchMethod`."
-        name: ClassVar[str] = f"torch.{registered}"
+        __doc__ = f"`{found}` as a method, with its options. See `TorchMethod`."
+        name: ClassVar[str] = registered
         cls: type[torch.optim.Optimizer] = torch_class
 
         def __init__(self, **options: Any) -> None:
-            super().__init__(torch_class, f"torch.{registered}", **options)
+            super().__init__(torch_class, registered, **options)
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return (_rebuild, (torch_class.__name__, self._options))
+            return (_rebuild, (module, torch_class.__name__, self._options))
 
     Named.__name__ = Named.__qualname__ = torch_class.__name__
-    Named.__module__ = "hybridopt_torch"
+    Named.__module__ = module
     return Named
 
 
-def _rebuild(name: str, options: dict[str, Any]) -> TorchMethod:
-    import hybridopt_torch
-
-    method: TorchMethod = getattr(hybridopt_torch, name)(**options)
+def _rebuild(module: str, name: str, options: dict[str, Any]) -> TorchMethod:
+    method: TorchMethod = getattr(importlib.import_module(module), name)(**options)
     return method
 
 
@@ -135,10 +142,12 @@ def _needs_closure(cls: type[torch.optim.Optimizer]) -> bool:
 def method_of(cls: Any, options: dict[str, Any]) -> TorchMethod:
     """The method of any torch optimizer class, under its registered name if it has one."""
     import hybridopt_torch
+    from hybridopt_torch import ours
 
-    for name in hybridopt_torch.__all__:
-        made: Any = getattr(hybridopt_torch, name)
-        if isinstance(made, type) and issubclass(made, TorchMethod) and getattr(made, "cls", None) is cls:
-            make: Callable[..., TorchMethod] = made
-            return make(**options)
+    for module in (hybridopt_torch, ours):
+        for name in module.__all__:
+            made: Any = getattr(module, name)
+            if isinstance(made, type) and issubclass(made, TorchMethod) and getattr(made, "cls", None) is cls:
+                make: Callable[..., TorchMethod] = made
+                return make(**options)
     return TorchMethod(cls, **options)

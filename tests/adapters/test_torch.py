@@ -583,7 +583,7 @@ def test_one_value_by_every_name() -> None:
     from hybridopt.adapters import Adam
 
     made = [
-        method("adam(lr=0.1)"),
+        method("torch.adam(lr=0.1)"),
         method("torch.adam", lr=0.1),
         method(torch.optim.Adam, lr=0.1),
         Adam(lr=0.1),
