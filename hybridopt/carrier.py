@@ -7,6 +7,7 @@ into the C stack while it calls back (f2py callbacks, MINPACK) needs a thread.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import warnings
@@ -80,6 +81,7 @@ class _Filters:
 
     # the last name is private to the standard library: it is what `catch_warnings(record=True)` replaces
     _NAMES = tuple(n for n in ("filters", "showwarning", "_showwarnmsg_impl") if hasattr(warnings, n))
+    _read = operator.attrgetter(*_NAMES)
 
     def __init__(self) -> None:
         self._caller: tuple[Any, ...] = ()
@@ -88,7 +90,7 @@ class _Filters:
 
     def enter(self) -> None:
         """Control passes to the solver."""
-        self._caller = self._now()
+        self._caller = self._read(warnings)
         if self._solver is None:
             self._outer = self._caller
         else:
@@ -96,14 +98,11 @@ class _Filters:
 
     def leave(self) -> None:
         """Control comes back."""
-        now = self._now()
+        now = self._read(warnings)
         self._solver = None if _same(now, self._outer) else now
         if not _same(now, self._caller):
             self._set(self._caller)
         self._caller = ()
-
-    def _now(self) -> tuple[Any, ...]:
-        return tuple(getattr(warnings, name) for name in self._NAMES)
 
     def _set(self, values: tuple[Any, ...]) -> None:
         for name, value in zip(self._NAMES, values, strict=True):
@@ -113,7 +112,7 @@ class _Filters:
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y for x, y in zip(a, b, strict=True))
+    return all(map(operator.is_, a, b))
 
 
 def _ask_parent(request: Request) -> Answer:

@@ -13,7 +13,7 @@ from hybridopt.solver import Ask, Start
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 GradientMode = Literal["auto", "autograd", "differences", "none"]
-_TOLERANCE = 0.1  # largest relative error seen for right gradients: 0.01 (ReLU nets of 9000 float32 weights)
+_TOLERANCE = 0.1  # largest error seen of right gradients: 0.014 (trained ReLU nets of 9000 float32 weights)
 
 
 class Derivative:
@@ -144,8 +144,8 @@ class Derivative:
     def _trial(self, x: FloatArray, gradient: FloatArray) -> FloatArray:
         """A point one step along the signs of the gradient, up or down as the bounds allow; the rest moves too."""
         start = self._start
-        # the fourth root keeps the whole step short where there are many weights
-        size = float(start.eps.max()) ** (1 / 3) * np.maximum(1.0, np.abs(x)) / len(x) ** 0.25
+        # a step of one length for any number of weights: thousands moved by the full step leave the parabola
+        size = float(start.eps.max()) ** (1 / 3) * np.maximum(1.0, np.abs(x)) / math.sqrt(len(x))
         rest = np.where(start.upper - x >= x - start.lower, size, -size)
         up, down = (
             np.clip(

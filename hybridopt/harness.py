@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 
-from hybridopt.errors import BudgetError, ClosedError, MethodError, StateError, Stop
+from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, StateError, Stop
 from hybridopt.ledger import Budget, Reason
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Method, Optimizer, Step, step
+from hybridopt.registry import nearest
 from hybridopt.result import Result
 from hybridopt.text import method as read_method
 from hybridopt.tracker import RunLog, Tracker
@@ -67,6 +69,14 @@ class Run:
             self.objective = loss
             self.objective.ledger.limit(limits)
         else:
+            known = [
+                p
+                for p in inspect.signature(Objective).parameters
+                if p not in ("loss", "target", "budget", "seed")
+            ]
+            for name in objective:
+                if name not in known:
+                    raise ObjectiveError(f"minimize: unknown argument {name!r}{nearest(name, known)}")
             self.objective = Objective(loss, target, limits, seed=self.seed, **objective)
         self.label = label or str(self.method)
         self.steps = 0
@@ -261,9 +271,11 @@ def minimize(
     todo = [callbacks] if callable(callbacks) else list(callbacks)
     run = Run(loss, target, method, budget=budget, seed=seed, tracker=tracker, label=label, **objective)
     file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and not file.parent.is_dir():
+        raise StateError(f"checkpoint {file}: expected an existing folder, there is no {str(file.parent)!r}")
     with run, _Interrupt() as interrupt:
         if file is not None and file.exists():
-            state = torch.load(file, weights_only=True)
+            state = _load(file)
             if seed is not None and state.get("seed") != seed:
                 raise StateError(
                     f"checkpoint {file}: it was saved with seed {state.get('seed')}, got seed={seed}"
@@ -282,6 +294,19 @@ def minimize(
         if file is not None:
             _save(run.state_dict(), file)
     return run.result()
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """A checkpoint's contents; `StateError` naming the file if it is none."""
+    try:
+        state = torch.load(file, weights_only=True)
+    except Exception as error:
+        raise StateError(
+            f"checkpoint {file}: expected a file that hybridopt wrote, it cannot be read: {error!r}"
+        ) from error
+    if not isinstance(state, dict) or "version" not in state:
+        raise StateError(f"checkpoint {file}: expected a file that hybridopt wrote, got something else")
+    return state
 
 
 def _save(state: Mapping[str, Any], file: Path) -> None:

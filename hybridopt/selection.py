@@ -126,6 +126,11 @@ def select_tensors(named: Named, select: str | Sequence[str] | Callable[[str, Te
     """Keep what `select` names; check that each kept tensor can be a weight."""
     if select is None:
         chosen = [name for name in named.tensors if name not in named.frozen]
+    elif isinstance(select, nn.Module | Tensor):
+        raise SelectionError(
+            f"select: expected a name pattern, several, or a predicate (name, tensor) -> bool, got a "
+            f"{type(select).__name__}; write its name, e.g. select='head.*'"
+        )
     elif callable(select):
         chosen = [name for name, t in named.tensors.items() if select(name, t)]
     else:

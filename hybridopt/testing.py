@@ -430,6 +430,11 @@ class OptimizerContract:
         assert bool((grad == 3).all()), "a weight's .grad was written"
         assert model.b.grad is None, "a weight's .grad was left behind"
         assert not model.training, "the model was left in training mode"
+        vector = ParameterVector(Model([-1.0, 1.5, -0.5]), bounds=self._bounds())
+        optimizer = self.method.start(vector, _SEED)
+        optimizer.ask()  # nobody lends it generators here
+        optimizer.close()
+        assert _generators() == before, "the method itself moves a global random generator"
 
     def test_text_and_copies(self) -> None:
         """The method prints as text that reads back equal, and survives copying and pickling."""

@@ -394,6 +394,15 @@ def test_filters_survive_the_close_of_a_suspended_solver(isolation: Isolation) -
 # -- interrupts --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, whatever this process was begun with."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_while_a_thread_carries() -> None:
     """Ctrl-C in the solver's own time is raised once the solver has come to its next question; no thread is left."""
     before = threading.active_count()

@@ -12,7 +12,7 @@ import torch
 
 import hybridopt
 from hybridopt import Budget, Reason, Run, Tracker, minimize
-from hybridopt.errors import BudgetError, ClosedError, ReplayMismatch, StateError
+from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, ReplayMismatch, StateError
 
 
 def bowl(x):
@@ -161,6 +161,15 @@ def test_an_exception_in_a_callback_passes_and_the_best_point_stays():
     assert threading.active_count() == 1
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C; a process begun in the background has none."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_first_interrupt_ends_between_steps_and_returns():
     def loss(x):
         if count.append(1) or len(count) == 12:
@@ -176,6 +185,7 @@ def test_first_interrupt_ends_between_steps_and_returns():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_raises_at_once_and_the_best_point_stays():
     model, loss = model_and_loss()
     seen = []
@@ -316,6 +326,36 @@ def test_a_journal_that_does_not_fit_can_be_restarted_from_the_best(tmp_path):
     assert result.evaluations == 90
     assert result.best_loss <= first.best_loss
     assert any("started anew from the best point" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("content", [b"", b"hi", None])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    file = tmp_path / "run.pt"
+    if content is None:
+        torch.save({"a": 1}, file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(StateError, match=r"run\.pt: expected a file that hybridopt wrote"):
+        minimize(bowl, np.zeros(2), "cmaes", budget=10, checkpoint=file, seed=0)
+
+
+def test_a_checkpoint_needs_a_folder(tmp_path):
+    with pytest.raises(StateError, match="expected an existing folder"):
+        minimize(bowl, np.zeros(2), "cmaes", budget=10, checkpoint=tmp_path / "no" / "run.pt")
+
+
+def test_unknown_arguments_name_the_nearest():
+    with pytest.raises(ObjectiveError, match="unknown argument 'bound'; nearest: bounds"):
+        minimize(bowl, np.zeros(2), "cmaes", budget=10, bound=(-1, 1))
+    with pytest.raises(MethodError, match="expected a method"):
+        minimize(bowl, np.zeros(2), budget=10)
+
+
+def test_stages_that_never_began_are_said():
+    result = minimize(bowl, np.zeros(2), "dual_annealing > cmaes > slsqp", budget=20, seed=0, bounds=(-5, 5))
+    assert result.notes[-1] == "never began: cma.cmaes > scipy.slsqp"
+    whole = minimize(bowl, np.zeros(2), "cmaes(steps=1) > slsqp", budget=500, seed=0)
+    assert not any("never began" in note for note in whole.notes)
 
 
 def test_checkpoints_are_plain_data(tmp_path):

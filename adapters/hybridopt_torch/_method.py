@@ -12,6 +12,7 @@ import torch
 from hybridopt.errors import MethodError
 from hybridopt.optimizer import HandOver, Method, Need, Optimizer
 from hybridopt.registry import nearest
+from hybridopt.text import LIMITS
 from hybridopt.vector import ParameterVector
 from hybridopt_torch._closure import ClosureRun
 from hybridopt_torch._inplace import InPlaceRun
@@ -53,7 +54,9 @@ class TorchMethod(Method):
         if known is not None:
             for option in options:
                 if option not in known:
-                    raise MethodError(f"{self._label}: unknown option {option!r}{nearest(option, known)}")
+                    raise MethodError(
+                        f"{self._label}: unknown option {option!r}{nearest(option, [*known, *LIMITS])}"
+                    )
 
     @property
     def label(self) -> str:

@@ -238,7 +238,11 @@ class ChainRun:
     @property
     def notes(self) -> list[str]:
         """Notes of all stages so far."""
-        return self._notes if self._ended else [*self._notes, *self._child.notes]
+        if self._ended:
+            return self._notes
+        waiting = [str(stage) for stage in self.stages[self._index + 1 :]]
+        unbegun = [f"never began: {' > '.join(waiting)}"] if waiting else []
+        return [*self._notes, *self._child.notes, *unbegun]
 
     @property
     def reports(self) -> tuple[StageReport, ...]:

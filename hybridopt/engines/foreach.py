@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridopt.errors import MethodError
+
 
 class TensorList:
     """Tensors that are computed with as one; the other operand is a number, a list of numbers, or a `TensorList`.
@@ -73,6 +75,11 @@ class TensorList:
         return self._compare("__eq__", other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise MethodError(
+            "rule: expected no `if`, `and`, `or` or `not` on values; use xp.where(condition, a, b)"
+        )
 
     def sqrt(self) -> TensorList:
         """Elementwise."""

@@ -99,6 +99,12 @@ class RuleOptimizer(FusedStep):
         ]
         grads = [p.grad for p in batch if p.grad is not None]
         results = rule.update(pack(batch), pack(grads), *states, *out[:split], **flags)
+        if not isinstance(results, tuple) or len(results) != 1 + len(rule.state):
+            wanted = ", ".join(["p", *(s.name for s in rule.state)]) + ("" if rule.state else ",")
+            raise MethodError(
+                f"{type(self).__name__}: expected its update to return the tuple ({wanted}), got "
+                f"{f'{len(results)} values' if isinstance(results, tuple) else type(results).__name__}"
+            )
         targets = [batch, *([self.state[p][s.name] for p in batch] for s in rule.state if s.name in names)]
         kept = [results[0], *(r for r, s in zip(results[1:], rule.state, strict=True) if s.name in names)]
         for target, result in zip(targets, kept, strict=True):
@@ -140,7 +146,7 @@ def from_rule(
         defaults: hyperparameters in the order `update` takes them, with their default values.
         scalars: `scalars(step, *hyper) -> coefficients`, computed once per step (bias corrections, schedules); the
             coefficients are then what `update` takes in place of the hyperparameters. `step` counts from 1.
-        name: of the class; default `update`'s name.
+        name: of the class; default `update`'s name. An optimizer can be pickled if the class is found under it.
 
     Raises:
         MethodError: the arguments of `update` do not fit `state` and `defaults`.

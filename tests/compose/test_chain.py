@@ -259,9 +259,10 @@ def test_a_handed_over_point_is_the_chains_best_until_it_is_beaten() -> None:
     assert last.reason is Reason.EVALUATIONS or last.reason is None
 
 
-def test_the_incumbent_between_two_stages() -> None:
+@pytest.mark.parametrize("second", ["slsqp", "pso", "torch.adam", "torch.lbfgs"])
+def test_the_incumbent_between_two_stages(second: str) -> None:
     """A run that stops when a stage has begun but evaluated nothing returns the point which that would start from."""
-    result, loss = run_chain("torch.adam(lr=0.1, steps=5) > slsqp", 5)
+    result, loss = run_chain(f"torch.adam(lr=0.1, steps=5) > {second}", 5)
     assert len(result.stages) == 2
     assert result.stages[1].spent["evaluations"] == 0
     assert result.loss == result.best_loss == loss.best

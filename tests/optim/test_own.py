@@ -226,6 +226,32 @@ def test_a_rule_that_cannot_be_compiled_says_why_once():
     assert x.item() == pytest.approx(-(1 + 1 / 2 + 1 / 3))
 
 
+def decides(p, g, lr):
+    return (p - lr if g > 0 else p + lr,)
+
+
+def untupled(p, g, momentum, lr):
+    return p - g * lr
+
+
+@pytest.mark.parametrize(
+    ("update", "state", "message"),
+    [
+        (decides, [], "use xp.where"),
+        (untupled, ["momentum"], r"expected its update to return the tuple \(p, momentum\)"),
+    ],
+)
+def test_rules_that_are_no_rules_are_refused(update, state, message):
+    """Over two weights a condition on values would silently take one branch for all of them."""
+    made = from_rule(update, state=state, defaults={"lr": 0.1})
+    params = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    for p in params:
+        p.grad = torch.tensor([1.0, -1.0])
+    with pytest.raises(MethodError, match=message):
+        made(params).step()
+    assert all(p.eq(0).all() for p in params)
+
+
 def test_from_rule_checks_the_arguments():
     with pytest.raises(MethodError, match=r"expected update\(p, g, momentum, lr\)"):
         from_rule(signum, state=["momentum"], defaults={"lr": 0.01})
