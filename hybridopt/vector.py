@@ -264,6 +264,10 @@ class ParameterVector:
             "dtypes": [str(t.dtype) for t in self.tensors],
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have weights of their own, which nobody holds yet, and make their own write buffer."""
+        return self.__dict__ | {"_staging": None, "_owner": None}
+
     def __repr__(self) -> str:
         bounds = "bounded" if self.bounded else "unbounded"
         scale = "" if self.scale is None else ", scaled"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -298,3 +301,14 @@ def test_names_slices_and_description() -> None:
         "dtypes": ["torch.float32"] * 3,
     }
     assert repr(vector) == "ParameterVector(12 weights in 3 tensors, unbounded)"
+
+
+@pytest.mark.parametrize("duplicate", [deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+def test_a_copy_writes_its_own_weights(duplicate: Callable[[ParameterVector], ParameterVector]) -> None:
+    """The buffer of the first write used to stay behind with the original."""
+    vector = ParameterVector(torch.zeros(3))
+    vector.write([1.0, 2.0, 3.0])
+    other = duplicate(vector)
+    other.write([4.0, 5.0, 6.0])
+    assert other.read().tolist() == [4.0, 5.0, 6.0]
+    assert vector.read().tolist() == [1.0, 2.0, 3.0]
