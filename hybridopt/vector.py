@@ -89,6 +89,7 @@ class ParameterVector:
         }
         self.epoch = 0
         self._owner: Owner | None = None
+        self._sides: tuple[list[Any], list[Tensor], list[Tensor]] | None = None
         self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
         x0 = self.read()
         self._check_start(x0)
@@ -216,15 +217,21 @@ class ParameterVector:
         if not self.bounded:
             return
         self.epoch += 1
+        low, high = self._bound_tensors()
         with torch.no_grad():
-            for t, low, high in zip(self.tensors, *self._bound_tensors(), strict=True):
-                torch.clamp_(t, low, high)
+            torch._foreach_clamp_min_(self.tensors, low)
+            torch._foreach_clamp_max_(self.tensors, high)
 
     def _bound_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The bounds as tensors like the weights; made again only where a weight's dtype or device has changed."""
+        kinds = [(t.dtype, t.device) for t in self.tensors]
+        if self._sides is not None and self._sides[0] == kinds:
+            return self._sides[1], self._sides[2]
         sides = []
         for side in (self.lower, self.upper):
             pieces = torch.split(torch.from_numpy(side), list(self.sizes))
             sides.append([p.view(t.shape).to(t) for p, t in zip(pieces, self.tensors, strict=True)])
+        self._sides = (kinds, sides[0], sides[1])
         return sides[0], sides[1]
 
     # -- who holds the weights ----------------------------------------------------------------------------------
