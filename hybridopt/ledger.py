@@ -219,11 +219,6 @@ class Ledger:
         """Wall-clock seconds since the first evaluation was asked for, summed over resumed runs."""
         return self.seconds_before + (0.0 if self._started is None else self._clock() - self._started)
 
-    def start_clock(self) -> None:
-        """Begin to count seconds (done by the first check)."""
-        if self._started is None:
-            self._started = self._clock()
-
     def stop_clock(self) -> None:
         """Stop counting seconds until the next check."""
         self.seconds_before = self.seconds

@@ -31,8 +31,6 @@ class RuleOptimizer(FusedStep):
     ) -> None:
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._choose(implementation, None, None)
-        for group in self.param_groups:
-            group.pop("foreach", None)  # a key of torch's classes
 
     def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         return tuple(float(group[name]) for name in self.rule.hyper)
