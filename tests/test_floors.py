@@ -44,8 +44,16 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/gradients.py",
         "hybridopt/journal.py",
         "hybridopt/solver.py",
+        "hybridopt/start.py",
     ),
-    4: ("hybridopt/optim/", "hybridopt_cma/", "hybridopt_pyswarm/", "hybridopt_scipy/", "hybridopt_torch/"),
+    4: (
+        "hybridopt/optim/",
+        "hybridopt/population/",
+        "hybridopt_cma/",
+        "hybridopt_pyswarm/",
+        "hybridopt_scipy/",
+        "hybridopt_torch/",
+    ),
     5: ("hybridopt/compose/",),
     6: ("hybridopt/adapters.py",),  # the facade: with the presets, where methods stand side by side
     7: ("hybridopt/harness.py",),
@@ -63,6 +71,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 # (In hybridopt/ a private file is always shared, in an adapter package methods are private files.)
 METHODS = (
     "hybridopt/optim/",
+    "hybridopt/population/",
     "hybridopt/rules/",
     "hybridopt_cma/",
     "hybridopt_pyswarm/",

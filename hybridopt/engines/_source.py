@@ -14,7 +14,7 @@ from typing import Any
 from hybridopt.rules import Rule
 
 _TYPES = {"float32": ("f32", "np.float32"), "float64": ("f64", "np.float64")}
-_HELPERS = ("sqrt", "abs", "sign", "where", "maximum", "minimum", "fma", "stored")
+_HELPERS = ("sqrt", "exp", "log", "abs", "sign", "where", "maximum", "minimum", "fma", "stored")
 
 
 class Untranslatable(Exception):
@@ -141,6 +141,8 @@ def module_source(rule: Rule, flags: Mapping[str, bool], dtype: str, scalar_dtyp
 
 _HELPER_SOURCE = """
 _sqrt = math.sqrt
+_exp = math.exp
+_log = math.log
 _abs = abs
 @njit(**INNER)
 def _where(c, a, b):

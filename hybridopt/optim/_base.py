@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from itertools import repeat
 from operator import is_
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
 from hybridopt.engines import cpu
-from hybridopt.errors import MethodError
+from hybridopt.optim._implementation import Chosen
 from hybridopt.optim._plan import FirstStep, Ineligible, Plan
 from hybridopt.rules import Rule
 
-Implementation: TypeAlias = Literal["auto", "reference", "foreach", "fused"]
 # Private names of torch, and why: profiler_enabled keeps `Optimizer.step#...` in profiles without paying for the range
 # when nobody looks; _disable_dynamo is torch.compiler.disable without loading the compiler (0.6 s) at import.
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
-log = logging.getLogger("hybridopt.optim")
 
 
-class FusedStep(torch.optim.Optimizer):
+class FusedStep(Chosen):
     """A torch optimizer whose `step` runs as one compiled loop wherever that gives torch's result.
 
     Mixed in before torch's own class: constructor checks, state keys, state dicts, schedulers, hooks and everything
@@ -37,9 +34,6 @@ class FusedStep(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     _plans: list[Plan] | None = None
     _entries: tuple[dict[str, Any], ...] = ()
-    _implementation: Implementation = "auto"
-    _used = "not stepped yet"
-    _warned = False
 
     # -- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -50,44 +44,6 @@ class FusedStep(torch.optim.Optimizer):
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         """Values of `rule.flags` for a parameter group."""
         raise NotImplementedError
-
-    def _otherwise(self) -> str:
-        """What runs when the compiled loop does not, for `repr`."""
-        names = {"reference": "torch's for-loop", "foreach": "torch's foreach"}
-        return names.get(self._implementation, "torch's own code")
-
-    # -- implementation -----------------------------------------------------------------------------------------------
-
-    @property
-    def implementation(self) -> Implementation:
-        """What was asked for: auto, reference, foreach or fused."""
-        return self._implementation
-
-    def _choose(self, implementation: str, foreach: bool | None, fused: bool | None) -> None:
-        """Settle `implementation=` with torch's own `foreach=` and `fused=`; called at the end of `__init__`."""
-        if implementation not in get_args(Implementation):
-            raise MethodError(
-                f"implementation: expected one of {', '.join(get_args(Implementation))}, got {implementation!r}"
-            )
-        if foreach and fused:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        asked = "fused" if fused else "foreach" if foreach else None
-        if asked is not None and implementation not in ("auto", asked):
-            raise MethodError(f"implementation={implementation!r} contradicts {asked}=True; give one of them")
-        chosen: str = asked or implementation
-        if chosen == "auto" and foreach is False and fused is False:
-            chosen = "reference"
-        self._implementation = chosen  # type: ignore[assignment]
-        self._settle()
-
-    def _settle(self) -> None:
-        """Make torch's own step do what was asked for, in all groups and those to come."""
-        if self._implementation in ("reference", "foreach"):
-            for options in (self.defaults, *self.param_groups):
-                if "foreach" in options:
-                    options["foreach"] = self._implementation == "foreach"
-                if "fused" in options:
-                    options["fused"] = False
 
     def _torch_step(self) -> None:
         """One step by torch's own code, without its profiling wrapper (ours has run the hooks already)."""
@@ -179,15 +135,6 @@ class FusedStep(torch.optim.Optimizer):
         self._plans = plans
         return plans
 
-    def _say(self, used: str) -> None:
-        if used != self._used:
-            self._used = used
-            log.debug("%s: %s", type(self).__name__, used)
-
-    def __repr__(self) -> str:
-        text: str = super().__repr__()
-        return f"{text[:-1]}\nimplementation: {self._implementation} -> {self._used}\n)"
-
     # -- what makes plans stale ---------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -205,10 +152,6 @@ class FusedStep(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As torch's, with what was asked for."""
-        return {**super().__getstate__(), "_implementation": self._implementation}
 
 
 _outside_the_graph: Callable[..., Any] = _disable_dynamo(FusedStep.step)

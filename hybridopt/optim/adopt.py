@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._base import Implementation
+from hybridopt.optim._implementation import Implementation
 from hybridopt.optim.own import RuleOptimizer
 from hybridopt.rules.adopt import RULE
 

@@ -12,7 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from hybridopt.engines.foreach import TensorList
 from hybridopt.errors import MethodError
-from hybridopt.optim._base import FusedStep, Implementation
+from hybridopt.optim._base import FusedStep
+from hybridopt.optim._implementation import Implementation
 from hybridopt.rules import Rule, State
 
 

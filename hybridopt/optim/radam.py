@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hybridopt.optim._base import FusedStep, Implementation
+from hybridopt.optim._base import FusedStep
+from hybridopt.optim._implementation import Implementation
 from hybridopt.rules.radam import RULE
 
 

@@ -77,6 +77,14 @@ class _Functions:
         return math.sqrt(x) if isinstance(x, int | float) else x.sqrt()
 
     @staticmethod
+    def exp(x: Any) -> Any:
+        return math.exp(x) if isinstance(x, int | float) else x.exp()
+
+    @staticmethod
+    def log(x: Any) -> Any:
+        return math.log(x) if isinstance(x, int | float) else x.log()
+
+    @staticmethod
     def abs(x: Any) -> Any:
         return abs(x)
 

@@ -1,0 +1,216 @@
+"""What every native population method shares: the protocol, its generator, rejected losses, saving."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybridopt.errors import ClosedError, StateError
+from hybridopt.ledger import Reason
+from hybridopt.machine import require_memory
+from hybridopt.optimizer import (
+    Answer,
+    HandOver,
+    Incumbent,
+    Kind,
+    Method,
+    Need,
+    Optimizer,
+    Request,
+    StageReport,
+    Step,
+    require_box,
+)
+from hybridopt.start import Ending, Start
+from hybridopt.vector import ParameterVector
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+
+class Strategy(abc.ABC):
+    """One algorithm between generations: a dataclass whose every field is plain data.
+
+    Fields (float64, int64 or bool arrays, numbers, strings, None, and lists of these) are what a checkpoint holds.
+    What follows from the method's options and `Start` alone belongs in other attributes, made by `begin`.
+    """
+
+    @abc.abstractmethod
+    def ask(self, rng: np.random.Generator) -> FloatArray:
+        """The next generation, shape (popsize, n), inside the bounds. All randomness comes from `rng`."""
+
+    @abc.abstractmethod
+    def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
+        """Learn from the losses, shape (popsize,), of what was asked; an `Ending` when the method is done.
+
+        A rejected loss is +inf, and at least one is finite.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """All fields, arrays as tensors."""
+        return {f.name: _pack(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the saved fields over."""
+        for f in fields(self):  # type: ignore[arg-type]
+            setattr(self, f.name, _unpack(state[f.name]))
+
+
+class PopulationMethod(Method):
+    """A native method. A subclass is a frozen dataclass of options; `begin` makes its `Strategy`."""
+
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS, Need.POPULATION})
+    memory_advice: ClassVar[str] = "select fewer weights (select=...)"
+
+    @abc.abstractmethod
+    def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
+        """The algorithm before its first generation."""
+
+    def memory(self, n: int) -> int:
+        """Bytes the method is bound to need for n weights (0 = not worth checking)."""
+        return 0
+
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """See `Method.start`."""
+        if Need.BOUNDS in self.needs:
+            require_box(vector, self.label)
+        require_memory(self.memory(vector.n), self.label, vector.n, self.memory_advice)
+        return PopulationRun(self, Start.at(vector, seed, warm))
+
+
+class PopulationRun:
+    """A native method at work (an `Optimizer`). One step is one generation.
+
+    A generation in which no loss was finite teaches nothing: the method draws another one.
+    """
+
+    reports: tuple[StageReport, ...] = ()
+
+    def __init__(self, method: PopulationMethod, start: Start) -> None:
+        self.method = method
+        self.name = method.label
+        self.needs = method.needs
+        self.notes: Sequence[str] = []
+        self._begin(start)
+        self._best = Incumbent(start.loss, start.x0)
+        self._pending: FloatArray | None = None
+        self._ending: Ending | None = None
+        self._closed = False
+
+    def _begin(self, start: Start) -> None:
+        self.start = start
+        self._bits = np.random.PCG64(start.seed)
+        self._rng = np.random.Generator(self._bits)
+        self.strategy = self.method.begin(start, self._rng)
+
+    # -- the protocol -------------------------------------------------------------------------------------------
+
+    def ask(self) -> Request:
+        """See `Optimizer.ask`."""
+        self._check_open()
+        if self._ending is not None:
+            raise ClosedError(f"{self.name}: it has ended ({self._ending.message}); start it again to go on")
+        if self._pending is None:
+            self._pending = np.ascontiguousarray(self.strategy.ask(self._rng), dtype=np.float64)
+        return Request(Kind.POPULATION, self._pending)
+
+    def tell(self, answer: Answer) -> Step | None:
+        """See `Optimizer.tell`."""
+        if answer.stop is not None:
+            raise answer.stop
+        x = self.ask().x
+        losses = answer.losses
+        assert x is not None
+        assert losses is not None
+        lowest = int(np.argmin(losses))
+        loss = float(losses[lowest])
+        if loss < self._best.loss:
+            self._best = Incumbent(loss, x[lowest].copy())
+        if math.isfinite(loss):
+            with np.errstate(all="ignore"):  # +inf told for a rejected point: inf - inf
+                self._ending = self.strategy.tell(x, losses, self._rng)
+        self._pending = None
+        if self._ending is None:
+            return Step(loss, self.name)
+        return Step(loss, self.name, self._ending.reason, self._ending.message)
+
+    @property
+    def incumbent(self) -> Incumbent:
+        """The best point seen, unless the method has ended and names another."""
+        if self._ending is not None:
+            return Incumbent(self._ending.loss, self._ending.x)
+        return self._best
+
+    def close(self) -> None:
+        """Nothing is held; asking is over."""
+        self._closed = True
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The algorithm's own numbers: they load anywhere, whatever library versions wrote them."""
+        ending = self._ending
+        return {
+            "method": str(self.method),
+            "start": self.start.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "generator": copy.deepcopy(dict(self._bits.state)),
+            "pending": _pack(self._pending),
+            "best": [self._best.loss, _pack(self._best.x)],
+            "ending": None
+            if ending is None
+            else [ending.reason.value, ending.message, ending.loss, _pack(ending.x)],
+            "notes": list(self.notes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
+        """See `Optimizer.load_state_dict`; a native method's resume is always exact.
+
+        Raises:
+            StateError: the state belongs to a method with other options.
+        """
+        if state["method"] != str(self.method):
+            raise StateError(
+                f"state: it was saved by {state['method']!r}, this is {str(self.method)!r}; a method can only go on "
+                "with the options it began with"
+            )
+        self._begin(Start.from_state(state["start"]))
+        self.strategy.load_state_dict(state["strategy"])
+        self._bits.state = copy.deepcopy(state["generator"])
+        self._pending = _unpack(state["pending"])
+        self._best = Incumbent(state["best"][0], _unpack(state["best"][1]))
+        self._ending = None
+        if state["ending"] is not None:
+            reason, message, loss, x = state["ending"]
+            self._ending = Ending(Reason(reason), message, loss, _unpack(x))
+        self.notes = list(state["notes"])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.name}: it was closed; start it again, or load its state into a new one")
+
+
+def _pack(value: Any) -> Any:
+    """Arrays as tensors of their own memory, inside lists too."""
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_pack(part) for part in value]
+    return value
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.numpy().copy()
+    if isinstance(value, list):
+        return [_unpack(part) for part in value]
+    return value

@@ -1,0 +1,94 @@
+"""What every method begins and ends with: plain data in solver coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybridopt.ledger import Reason
+from hybridopt.optimizer import HandOver
+from hybridopt.vector import ParameterVector
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a solver begins with: plain data in solver coordinates, kept in the state, so replay needs no model."""
+
+    x0: FloatArray
+    """Shape (n,), float64."""
+    lower: FloatArray
+    """Shape (n,); -inf where unbounded."""
+    upper: FloatArray
+    """Shape (n,); inf where unbounded."""
+    eps: FloatArray
+    """Shape (n,): machine epsilon of each weight's dtype."""
+    seed: int
+    sigma: float | None = None
+    """Typical distance to the optimum, as handed over by a predecessor."""
+    names: tuple[tuple[str, int, int], ...] = ()
+    """(name, first, last + 1) of each tensor, for messages."""
+    loss: float = math.inf
+    """The loss at `x0` where it is known: found by a predecessor, or before the solver was started anew; else inf."""
+
+    @property
+    def n(self) -> int:
+        """Number of weights."""
+        return len(self.x0)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether any weight has a bound."""
+        return bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Bounds as a list of (low, high)."""
+        return list(zip(self.lower.tolist(), self.upper.tolist(), strict=True))
+
+    def clip(self, x: FloatArray) -> FloatArray:
+        """`x`, shape (..., n), brought inside the bounds (solvers stray by a rounding error); unbounded: `x` itself."""
+        return np.asarray(np.clip(x, self.lower, self.upper)) if self.bounded else x
+
+    @classmethod
+    def at(cls, vector: ParameterVector, seed: int, warm: HandOver | None) -> Start:
+        """The start on a vector: the handed-over point, clipped to the bounds, or where the weights stand."""
+        x0 = vector.encode(vector.read()) if warm is None or warm.x is None else warm.x
+        lower, upper = vector.encode(vector.lower), vector.encode(vector.upper)
+        names = tuple((name, s.start, s.stop) for name, s in vector.slices.items())
+        clipped = np.clip(x0, lower, upper)
+        sigma, loss = None, math.inf
+        if warm is not None:
+            sigma = warm.sigma
+            loss = warm.loss if np.array_equal(clipped, x0) else math.inf
+        return cls(clipped, lower, upper, vector.eps, seed, sigma, names, loss)
+
+    _ARRAYS = ("x0", "lower", "upper", "eps")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers."""
+        arrays = {name: torch.tensor(getattr(self, name)) for name in self._ARRAYS}
+        plain = {"seed": self.seed, "sigma": self.sigma, "loss": self.loss}
+        return arrays | plain | {"names": [list(part) for part in self.names]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Start:
+        """The start that was saved."""
+        arrays = {name: state[name].numpy().copy() for name in cls._ARRAYS}
+        names = tuple((name, first, last) for name, first, last in state["names"])
+        return cls(**arrays, seed=state["seed"], sigma=state["sigma"], names=names, loss=state["loss"])
+
+
+class Ending(NamedTuple):
+    """How a solver ended, by its status code, never by its text."""
+
+    reason: Reason
+    message: str
+    loss: float
+    x: FloatArray
