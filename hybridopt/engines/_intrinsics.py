@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -37,3 +38,57 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fma(*args)
 
     return a(a, a, a), codegen
+
+
+pointer_u16 = _cast(types.uint16)
+
+
+@intrinsic
+def float32_bits(typingctx: Any, x: Any) -> Any:
+    """The bits of a float32, as uint32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def bfloat16_bits(typingctx: Any, bits: Any) -> Any:
+    """The upper half of a float32's bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.trunc(builder.lshr(args[0], ir.Constant(ir.IntType(32), 16)), ir.IntType(16))
+
+    return types.uint16(types.uint32), codegen
+
+
+@intrinsic
+def from_bfloat16(typingctx: Any, bits: Any) -> Any:
+    """float32 from the bits of a bfloat16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def float16_bits(typingctx: Any, x: Any) -> Any:
+    """The bits of the float16 nearest to a float32 (needs the processor's own conversion)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def from_float16(typingctx: Any, bits: Any) -> Any:
+    """float32 from the bits of a float16 (needs the processor's own conversion)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen

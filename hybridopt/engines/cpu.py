@@ -19,10 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from hybridopt.engines._source import Untranslatable, digest, module_source
+from hybridopt.engines._numba_source import digest, module_source, squares_source, width
+from hybridopt.engines._translate import Untranslatable
+from hybridopt.engines._variant import Variant
 from hybridopt.rules import Rule
 
-__all__ = ["Untranslatable", "available", "compiled", "pool"]
+__all__ = ["Untranslatable", "available", "compiled", "pool", "squares", "width"]
 
 
 @functools.cache
@@ -60,20 +62,29 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def compiled(rule: Rule, flags: tuple[tuple[str, bool], ...], dtype: str, scalar_dtype: str) -> ModuleType:
-    """The compiled variant of a rule: a module with `run`, `begin` and `apply`.
+@functools.cache
+def converts_float16() -> bool:
+    """Whether the processor itself converts float16 (without it compiled code would call a missing function)."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return features.get("f16c", False) or "aarch64" in binding.get_process_triple()
+
+
+def compiled(rule: Rule, variant: Variant) -> ModuleType:
+    """The compiled variant of a rule: a module with `run`.
 
     Raises:
         Untranslatable: the rule's source is not available, uses what cannot be compiled, or numba failed.
     """
-    key = (rule, flags, dtype, scalar_dtype)
+    key = (rule, variant)
     found = _modules.get(key)
     if found is None:
         with _compiling:  # numba compiles one at a time anyway
             found = _modules.get(key)
             if found is None:
                 try:
-                    found = _compile(rule, dict(flags), dtype, scalar_dtype)
+                    found = _compile(rule, variant)
                 except Untranslatable as error:
                     found = str(error)
                 _modules[key] = found
@@ -82,13 +93,25 @@ def compiled(rule: Rule, flags: tuple[tuple[str, bool], ...], dtype: str, scalar
     return found
 
 
+@functools.cache
+def squares(dtype: str) -> ModuleType:
+    """A module whose `run(block)` sums squares over pieces; see `squares_source`."""
+    with _compiling:
+        return _load(squares_source(dtype))
+
+
 # why not, where it failed: a second try would take as long
-_modules: dict[tuple[Rule, tuple[tuple[str, bool], ...], str, str], ModuleType | str] = {}
+_modules: dict[tuple[Rule, Variant], ModuleType | str] = {}
 _compiling = threading.Lock()
 
 
-def _compile(rule: Rule, flags: dict[str, bool], dtype: str, scalar_dtype: str) -> ModuleType:
-    source = module_source(rule, flags, dtype, scalar_dtype)
+def _compile(rule: Rule, variant: Variant) -> ModuleType:
+    if "float16" in (variant.weight, variant.gradient, *variant.states) and not converts_float16():
+        raise Untranslatable("this processor does not convert float16")
+    return _load(module_source(rule, variant))
+
+
+def _load(source: str) -> ModuleType:
     name = f"rule_{digest(source)}"
     try:
         path = _written(cache_folder(), name, source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from itertools import repeat
 from operator import is_
 from typing import Any, ClassVar
 
@@ -12,9 +11,11 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
-from hybridopt.engines import cpu
+from hybridopt.optim._extras import Extras, StepOptions
+from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._implementation import Chosen
-from hybridopt.optim._plan import FirstStep, Ineligible, Plan
+from hybridopt.optim._plan import FirstStep, Ineligible, Plan, plans_for
+from hybridopt.optim._wide import cast_states, keep_precision, wide_step
 from hybridopt.rules import Rule
 
 # Private names of torch, and why: profiler_enabled keeps `Optimizer.step#...` in profiles without paying for the range
@@ -34,16 +35,40 @@ class FusedStep(Chosen):
     rule: ClassVar[Rule]
     _plans: list[Plan] | None = None
     _entries: tuple[dict[str, Any], ...] = ()
+    _groups = 0
+    _extras = Extras()
+    _unscaling = False
+    _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
+    skipped_steps: int = 0
+    """Steps left out because a gradient was not finite (`nonfinite="skip"`)."""
 
     # -- what a subclass says ---------------------------------------------------------------------------------------
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """Values of `rule.hyper` for a parameter group."""
         raise NotImplementedError
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         """Values of `rule.flags` for a parameter group."""
         raise NotImplementedError
+
+    def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the elementwise states of a group."""
+        return self.rule.active(dict(zip(self.rule.flags, map(bool, self._flags(group)), strict=True)))
+
+    def _first(self, index: int) -> int:
+        """The number, in the whole optimizer, of a group's first weight."""
+        return sum(len(group["params"]) for group in self.param_groups[:index])
+
+    def _configure(
+        self, options: StepOptions, foreach: bool | None = None, fused: bool | None = None
+    ) -> None:
+        """Settle what every class here takes beside torch's arguments; called at the end of `__init__`."""
+        rest: dict[str, Any] = dict(options)
+        implementation = rest.pop("implementation", "auto")
+        self._extras = Extras.of(type(self).__name__, rest)
+        cast_states(self)
+        self._choose(implementation, foreach, fused)
 
     def _torch_step(self) -> None:
         """One step by torch's own code, without its profiling wrapper (ours has run the hooks already)."""
@@ -83,18 +108,32 @@ class FusedStep(Chosen):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if "grad_scale" in self.__dict__ or "found_inf" in self.__dict__:  # set by a GradScaler for this step
-            self._torch_step()
-            return loss
+        options = self.__dict__
+        scaler = "grad_scale" in options or "found_inf" in options  # set by a GradScaler for this step
+        unscaling = scaler and options.get("grad_scale") is not None
+        if unscaling is not self._unscaling:
+            self._unscaling, self._plans = unscaling, None
         plans = self._plans
         if plans is None or not self._current(plans):
             plans = self._prepare()
-        if plans is None:
-            self._torch_step()
+        if scaler or self._extras.measured:
+            guarded_step(self, plans)
+        elif plans is None:
+            self._elsewhere(None)
         else:
             for plan in plans:
                 plan.run()
         return loss
+
+    def _elsewhere(self, factor: float | None) -> None:
+        """The step where no compiled loop runs: torch's own, on wider copies where numbers are stored in 16 bits."""
+        extras = self._extras
+        if factor is not None or any(
+            extras.widens(p.dtype) for group in self.param_groups for p in group["params"]
+        ):
+            wide_step(self, self._torch_step, factor)
+        else:
+            self._torch_step()
 
     def _current(self, plans: list[Plan]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
@@ -102,23 +141,21 @@ class FusedStep(Chosen):
         if (
             len(states) != len(entries)
             or not all(map(is_, states.values(), entries))
-            or len(plans) != len(groups)
+            or len(groups) != self._groups
         ):
             return False
-        return all(map(Plan.refresh, plans, repeat(self), groups))
+        return all(plan.refresh(self, groups[plan.index]) for plan in plans)
 
     def _prepare(self) -> list[Plan] | None:
-        """Plans for all groups; None, with the reason in `repr`, if torch must do this step."""
+        """Plans for all groups; None, with the reason in `repr`, if this step is not compiled."""
         self._plans = None
         if self._implementation in ("reference", "foreach"):
             self._say(self._otherwise())
             return None
         self._entries = tuple(self.state.values())
+        self._groups = len(self.param_groups)
         try:
-            why = cpu.available()
-            if why:
-                raise Ineligible(why)
-            plans = [Plan(self, group) for group in self.param_groups]
+            plans = [plan for index in range(self._groups) for plan in plans_for(self, index)]
             if not self._current(plans):
                 raise Ineligible("a gradient's address cannot be read")
         except Ineligible as reason:
@@ -131,15 +168,21 @@ class FusedStep(Chosen):
                     stacklevel=4,
                 )
             return None
-        self._say("fused (numba)")
+        engines = sorted({plan.engine for plan in plans})
+        self._say(f"fused ({', '.join(engines)})")
         self._plans = plans
         return plans
 
     # -- what makes plans stale ---------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's (floating state is cast to its weight's dtype), but the implementation stays the one chosen."""
+        """As torch's, but the implementation stays the one chosen, and no state loses precision.
+
+        torch casts floating states to their weight's dtype. Here `state_dtype` decides, if it was given; otherwise
+        a 16-bit weight keeps the wider states that were saved for it.
+        """
         super().load_state_dict(state_dict)
+        keep_precision(self, state_dict)
         self._plans = None
         self._settle()
 
@@ -152,6 +195,10 @@ class FusedStep(Chosen):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, with what was asked for."""
+        return {**super().__getstate__(), "_extras": self._extras, "skipped_steps": self.skipped_steps}
 
 
 _outside_the_graph: Callable[..., Any] = _disable_dynamo(FusedStep.step)

@@ -1,19 +1,20 @@
-"""One parameter group's compiled step: what it reads, what it checks before every use, and when it is refused."""
+"""Parameter groups as compiled steps: what a plan reads, what it checks before every use, and when it is refused."""
 
 from __future__ import annotations
 
+import abc
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import wait
-from itertools import chain, compress, pairwise
+from itertools import chain, compress
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hybridopt.engines import cpu
+from hybridopt.engines._variant import SIZES, Variant
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 # private in torch: makes autograd notice a write that it did not do
 _increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 _address = Tensor.data_ptr
-_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in SIZES}
+_SCALARS = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
-PARALLEL_FROM = 1 << 18  # elements a step; below, waking a thread costs more than it saves
-CHUNK = 1 << 16  # elements a piece of a parallel step
 _NOTHING: dict[str, Any] = {}
+Number: TypeAlias = float | Tensor
 
 
 class Ineligible(Exception):
@@ -36,38 +37,48 @@ class FirstStep(Ineligible):
     """A state does not exist yet: this step is not compiled, the next one will be."""
 
 
-class Plan:
-    """One parameter group's compiled step: addresses of weights, states and gradients, compared before every use.
+class Kind(NamedTuple):
+    """What the weights of one plan have in common."""
+
+    device: torch.device
+    weight: torch.dtype
+    gradient: torch.dtype
+    states: tuple[torch.dtype, ...]
+    scalar: torch.dtype
+
+
+class Plan(abc.ABC):
+    """Weights of one kind in a parameter group: their addresses, and those of states and gradients.
 
     Whatever can move is read from the group and the states anew at each step (44 ns an address; AMD EPYC, 2026-11):
     a tensor may be replaced, or given other memory (`p.data = ...`, `share_memory_()`), without a word to us.
     Gradients are not kept alive.
+
+    Args:
+        optimizer: whose rule, flags and states are used.
+        index: of the parameter group.
+        kind: of its weights.
+        members: for each weight of the group whether it belongs to this plan.
     """
 
-    def __init__(self, optimizer: FusedStep, group: dict[str, Any]) -> None:
-        rule = optimizer.rule
-        why = _group_ineligible(group)
-        if why:
-            raise Ineligible(why)
-        flags = dict(zip(rule.flags, map(bool, optimizer._flags(group)), strict=True))
-        active = rule.active(flags)
-        self.flags = tuple(flags.values())
-        self.scalar_names = (*(("step",) if rule.counts else ()), *rule.scalar_state)
-        self.names = (*self.scalar_names, *active)
-        members: list[Tensor] = group["params"]
-        self.has_grad = [p.grad is not None for p in members]
-        self.absent = [not present for present in self.has_grad] if not all(self.has_grad) else None
-        self.params = list(compress(members, self.has_grad))
+    engine: str
+
+    def __init__(self, optimizer: FusedStep, index: int, kind: Kind, members: Sequence[bool]) -> None:
+        rule, group, extra = optimizer.rule, optimizer.param_groups[index], optimizer._extras
+        self.index = index
+        self.kind = kind
+        self.flags = tuple(zip(rule.flags, map(bool, optimizer._flags(group)), strict=True))
+        everything: list[Tensor] = group["params"]
+        whole = all(members)
+        self.members = None if whole else list(members)
+        self.absent = [p.grad is None for p in everything]
+        self.params = list(compress(everything, members))
+        self.names = state_names(optimizer, dict(self.flags), kind.weight)
+        self.counters = len(counter_names(optimizer))
         self.entries = [optimizer.state.get(p, _NOTHING) for p in self.params] if self.names else []
-        scalars: set[torch.dtype] = set()
-        for i, p in enumerate(self.params):
-            scalars |= self._check_weight(p, self.entries[i] if self.names else _NOTHING)
-        if len({p.dtype for p in self.params}) > 1 or len(scalars) > 1:
-            raise Ineligible("the weights of a group, or their counters, have different dtypes")
         self.get_states: Callable[[Mapping[str, Any]], Any] = itemgetter(*self.names) if self.names else len
         self.numels = [p.numel() for p in self.params]
         self.strides = [None if p.is_contiguous() else p.stride() for p in self.params]
-        self.dtype = self.params[0].dtype if self.params else torch.float32
         self.options: tuple[Any, ...] = ()
         self.live = False
         self.size = len(self.params)
@@ -75,73 +86,36 @@ class Plan:
         self.addresses: list[int] = [*map(_address, self.params), *map(_address, self._states())]
         self.gradients = array("q", [0] * self.size)
         self.references: list[weakref.ref[Tensor]] = []
-        self.table = self._table()
-        self.hyper = array("d", [0.0] * max(1, len(rule.hyper)))
-        self.scratch = array("d", [0.0] * max(1, self.size * len(rule.coefficients)))
-        arrays = (self.table, self.gradients, self.hyper, self.scratch)
-        self.block = array("q", [self.size, *(a.buffer_info()[0] for a in arrays), 0, 0, 0, 0])
-        self.block_address = self.block.buffer_info()[0]
-        self.chunks = self._cut() if sum(self.numels) >= PARALLEL_FROM else None
-        self.module: Any = None
-        if self.size:
-            scalar = scalars.pop() if scalars else torch.float32
-            try:
-                self.module = cpu.compiled(rule, tuple(flags.items()), _DTYPES[self.dtype], _DTYPES[scalar])
-            except cpu.Untranslatable as error:
-                raise Ineligible(str(error)) from error
-
-    def _check_weight(self, p: Tensor, entry: Mapping[str, Any]) -> set[torch.dtype]:
-        """The dtypes of its per-tensor numbers; Ineligible if anything about it is not plain."""
-        if type(p) not in _PLAIN or p.device.type != "cpu" or p.layout is not torch.strided:
-            raise Ineligible(f"a weight is a {type(p).__name__} with layout {p.layout} on {p.device}")
-        g = p.grad
-        assert g is not None
-        if p.dtype not in _DTYPES or g.dtype != p.dtype:
-            raise Ineligible(f"a weight is {p.dtype} and its gradient {g.dtype}")
-        if type(g) not in _PLAIN or g.device != p.device or g.layout is not torch.strided or g.is_neg():
-            raise Ineligible(
-                f"a gradient is a {type(g).__name__} with layout {g.layout} on {g.device}, or a view"
-            )
-        if p.is_neg() or not _dense(p) or not _alike(g, p):
-            raise Ineligible("a gradient is laid out unlike its weight, or the weight has gaps")
-        scalars: set[torch.dtype] = set()
-        for name in self.names:
-            tensor = entry.get(name)
-            if tensor is None:
-                raise FirstStep("first step, which creates the state")
-            if (
-                type(tensor) not in _PLAIN
-                or tensor.device.type != "cpu"
-                or tensor.layout is not torch.strided
-            ):
-                raise Ineligible(f"the state {name!r} is not a plain tensor on the CPU")
-            if name in self.scalar_names:
-                if tensor.numel() != 1 or tensor.dtype not in _DTYPES:
-                    raise Ineligible(f"the state {name!r} is not one real number")
-                scalars.add(tensor.dtype)
-            elif tensor.dtype != p.dtype or tensor.is_neg() or not _alike(tensor, p):
-                raise Ineligible(f"the state {name!r} is {tensor.dtype} or laid out unlike its weight")
-        return scalars
+        self.variant = Variant(
+            self.flags,
+            _NAMES[kind.weight],
+            _NAMES[kind.gradient],
+            tuple(_NAMES[dtype] for dtype in kind.states),
+            _NAMES[kind.scalar],
+            unscaled=optimizer._unscaling,
+            scaled=extra.max_grad_norm is not None,
+            stochastic=extra.stochastic_rounding,
+            kahan=extra.kahan_for(kind.weight),
+        )
+        seed = [float(extra.seed & 0xFFFFFFFF)] if extra.stochastic_rounding else []
+        self.hypers = len(rule.hyper)
+        extras = len(self.variant.extras)
+        self.hyper = array("d", [*[0.0] * self.hypers, *[1.0] * extras, *seed] or [0.0])
+        self.table = self._table([i for i, member in enumerate(members) if member], optimizer._first(index))
 
     def _states(self) -> Iterable[Tensor]:
         found = map(self.get_states, self.entries)
         return chain.from_iterable(found) if len(self.names) > 1 else found
 
-    def _table(self) -> array[int]:
-        """Rows (elements, scalar states, weight, states) for the compiled loop."""
-        table, width, split = array("q"), len(self.names), len(self.scalar_names)
-        for t in range(self.size):
+    def _table(self, members: Sequence[int], first: int) -> array[int]:
+        """Rows (elements, per-tensor numbers, weight, states, [the tensor's number in the optimizer])."""
+        table, width, split = array("q"), len(self.names), self.counters
+        for t, member in enumerate(members):
             states = self.addresses[self.size + t * width : self.size + (t + 1) * width]
             table.extend([self.numels[t], *states[:split], self.addresses[t], *states[split:]])
+            if self.variant.stochastic:
+                table.append(first + member)
         return table
-
-    def _cut(self) -> tuple[array[int], int]:
-        """Pieces of (tensor, start, count) for several threads; a tensor without elements needs none."""
-        pieces = array("q")
-        for t, numel in enumerate(self.numels):
-            for start in range(0, numel, CHUNK):
-                pieces.extend((t, start, min(CHUNK, numel - start)))
-        return pieces, len(pieces) // 3
 
     # -- every step -----------------------------------------------------------------------------------------------
 
@@ -152,11 +126,13 @@ class Plan:
             if not self._read_hyper(optimizer, group):
                 return False
         params = group["params"]
-        grads = [p.grad for p in params]
-        if self.absent is not None:
-            if len(grads) != len(self.absent) or any(g is not None for g in compress(grads, self.absent)):
+        if self.members is not None:
+            if len(params) != len(self.members):
                 return False
-            params, grads = list(compress(params, self.has_grad)), list(compress(grads, self.has_grad))
+            if any(p.grad is not None for p in compress(params, self.absent)):
+                return False
+            params = list(compress(params, self.members))
+        grads = [p.grad for p in params]
         try:
             addresses = [*map(_address, params), *map(_address, self._states()), *map(_address, grads)]
         except (
@@ -174,11 +150,12 @@ class Plan:
             self.references = [weakref.ref(g) for g in grads]
             self.gradients[:] = array("q", addresses[self.split :])
             self.addresses = addresses
+            self._moved()
         return True
 
     def _alike(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients lie in memory as their weights do."""
-        dtype = self.dtype
+        dtype = self.kind.gradient
         for g, numel, stride in zip(grads, self.numels, self.strides, strict=True):
             if (
                 g.dtype is not dtype
@@ -192,45 +169,134 @@ class Plan:
 
     def _read_hyper(self, optimizer: FusedStep, group: dict[str, Any]) -> bool:
         """Take over changed hyperparameters; False if one is not a number in the compiled variant."""
-        if self.flags != tuple(map(bool, optimizer._flags(group))) or _group_ineligible(group):
+        flags = tuple(zip(optimizer.rule.flags, map(bool, optimizer._flags(group)), strict=True))
+        if self.flags != flags or self._refuses(group):
             return False
-        self.hyper[:] = array("d", map(float, optimizer._hyper(group) or (0.0,)))
+        self._take(optimizer._hyper(group))
         self.options = tuple(group.values())
         self.live = any(
             _mutable(value) for key, value in group.items() if key not in ("params", "param_names")
         )
         return True
 
-    def run(self) -> None:
-        """Do the step."""
-        if self.module is None:
-            return
-        threads = 1 if self.chunks is None else torch.get_num_threads()
-        if threads == 1 or self.chunks is None:
-            self.module.run(self.block_address)
-        else:
-            self._run_parallel(*self.chunks, threads)
-        _increment_version(self.params)
+    @abc.abstractmethod
+    def _moved(self) -> None:
+        """Gradients have other addresses."""
 
-    def _run_parallel(self, chunks: array[int], count: int, threads: int) -> None:
-        shared = list(self.block[:5])
-        begin = array("q", [*shared, 1, 0, 0, 0])
-        self.module.run(begin.buffer_info()[0])
-        ends = [count * i // threads for i in range(threads + 1)]
-        blocks = [array("q", [*shared, 2, chunks.buffer_info()[0], *ends]) for ends in pairwise(ends)]
-        pool: Any = cpu.pool(threads - 1)
-        others = [pool.submit(self.module.run, block.buffer_info()[0]) for block in blocks[1:]]
-        try:
-            self.module.run(blocks[0].buffer_info()[0])
-        finally:  # nobody may free this memory while a thread writes to it
-            wait(others)
+    @abc.abstractmethod
+    def _refuses(self, group: Mapping[str, Any]) -> str:
+        """Which option of a group this engine does not serve; empty if none."""
+
+    @abc.abstractmethod
+    def _take(self, hyper: Sequence[Any]) -> None:
+        """Take the hyperparameters over."""
+
+    @abc.abstractmethod
+    def square_sum(self) -> Number:
+        """The sum of all squared gradients, in float64: not finite if one of them is not."""
+
+    @abc.abstractmethod
+    def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
+        """Do the step.
+
+        Args:
+            extras: numbers for `Variant.extras` by name.
+            skip: do nothing where this is not 0 (on a device; elsewhere the caller decides).
+        """
 
 
-def _group_ineligible(group: Mapping[str, Any]) -> str:
-    """Which option of a group only torch's own code serves; empty if none."""
-    for option in ("differentiable", "capturable"):
-        if group.get(option):
-            return f"{option}=True"
+def counter_names(optimizer: FusedStep) -> tuple[str, ...]:
+    """The per-tensor numbers that a step reads and writes."""
+    counts = optimizer.rule.counts or optimizer._extras.stochastic_rounding
+    return (*(("step",) if counts else ()), *optimizer.rule.scalar_state)
+
+
+def state_names(optimizer: FusedStep, flags: dict[str, bool], weight: torch.dtype) -> tuple[str, ...]:
+    """All states that a step reads and writes, per-tensor numbers first."""
+    compensation = ("kahan_comp",) if optimizer._extras.kahan_for(weight) else ()
+    return (*counter_names(optimizer), *optimizer.rule.active(flags), *compensation)
+
+
+def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
+    """The kind of a weight that has a gradient.
+
+    Raises:
+        Ineligible: something about it is not plain, or its state does not exist yet (`FirstStep`).
+    """
+    if type(p) not in _PLAIN or p.layout is not torch.strided or p.is_neg():
+        raise Ineligible(f"a weight is a {type(p).__name__} with layout {p.layout} on {p.device}, or a view")
+    g = p.grad
+    assert g is not None
+    if p.dtype not in _NAMES or g.dtype not in _NAMES:
+        raise Ineligible(f"a weight is {p.dtype} and its gradient {g.dtype}")
+    if type(g) not in _PLAIN or g.device != p.device or g.layout is not torch.strided or g.is_neg():
+        raise Ineligible(
+            f"a gradient is a {type(g).__name__} with layout {g.layout} on {g.device}, or a view"
+        )
+    if g.dtype is not p.dtype and torch.float64 in (g.dtype, p.dtype):
+        raise Ineligible(f"a weight is {p.dtype} and its gradient {g.dtype}")
+    if not _dense(p) or not _alike(g, p):
+        raise Ineligible("a gradient is laid out unlike its weight, or the weight has gaps")
+    entry = optimizer.state.get(p, _NOTHING)
+    counters = counter_names(optimizer)
+    states: list[torch.dtype] = []
+    scalars: set[torch.dtype] = set()
+    for name in state_names(optimizer, flags, p.dtype):
+        tensor = entry.get(name)
+        if tensor is None:
+            raise FirstStep("first step, which creates the state")
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            raise Ineligible(f"the state {name!r} is not a plain tensor")
+        if tensor.device != p.device:
+            raise Ineligible(f"the state {name!r} is on {tensor.device}, its weight on {p.device}")
+        if name in counters:
+            if tensor.numel() != 1 or tensor.dtype not in _SCALARS:
+                raise Ineligible(f"the state {name!r} is not one real number")
+            scalars.add(tensor.dtype)
+        elif tensor.dtype not in _NAMES or tensor.is_neg() or not _alike(tensor, p):
+            raise Ineligible(f"the state {name!r} is {tensor.dtype} or laid out unlike its weight")
+        elif name != "kahan_comp":
+            states.append(tensor.dtype)
+        elif tensor.dtype is not p.dtype:
+            raise Ineligible(f"the state {name!r} is {tensor.dtype}, its weight {p.dtype}")
+    if len(scalars) > 1:  # torch rounds ASGD's float64 eta and mu to float32 at each step
+        raise Ineligible("the counters of a weight have different dtypes")
+    return Kind(p.device, p.dtype, g.dtype, tuple(states), scalars.pop() if scalars else torch.float32)
+
+
+def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
+    """The plans of a parameter group, one for each kind of weight.
+
+    Raises:
+        Ineligible: torch's own code, or the rule in Python, has to do this group's step.
+    """
+    from hybridopt.optim._cpu_plan import CpuPlan
+
+    group = optimizer.param_groups[index]
+    if group.get("differentiable"):
+        raise Ineligible("differentiable=True")
+    flags = dict(zip(optimizer.rule.flags, map(bool, optimizer._flags(group)), strict=True))
+    params: list[Tensor] = group["params"]
+    for device in dict.fromkeys(p.device.type for p in params if p.grad is not None):
+        why = cpu.available() if device == "cpu" else f"a weight is on {device}"
+        if why:
+            raise Ineligible(why)
+    kinds = [None if p.grad is None else kind_of(optimizer, p, flags) for p in params]
+    found = list(dict.fromkeys(kind for kind in kinds if kind is not None))
+    if not found:
+        found = [Kind(torch.device("cpu"), torch.float32, torch.float32, (), torch.float32)]
+    plans: list[Plan] = []
+    for kind in found:
+        plan = CpuPlan(optimizer, index, kind, [k == kind for k in kinds])
+        why = plan._refuses(group)
+        if why:
+            raise Ineligible(why)
+        plans.append(plan)
+    return plans
+
+
+def wrong_number(group: Mapping[str, Any]) -> str:
+    """Which hyperparameter is a tensor that only torch's own code takes; empty if none."""
     for key, value in group.items():
         if key not in ("params", "param_names"):
             if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.adagrad import RULE
 
 
@@ -20,8 +20,8 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     Args:
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize,
             differentiable, fused: as in torch.
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same,
-            with one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -51,7 +51,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.Adagrad.__init__(
             self,
@@ -66,10 +66,10 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return float(group["lr"]), group["lr_decay"], group["eps"], float(group["weight_decay"])
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], group["lr_decay"], group["eps"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return (group["maximize"], bool(group["weight_decay"] != 0))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.adam import RULE
 
 
 class _Adam(FusedStep):
     rule = RULE
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
-        return float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
+        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return (
@@ -36,8 +36,8 @@ class Adam(_Adam, torch.optim.Adam):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in torch.
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same, with
-            one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -66,7 +66,7 @@ class Adam(_Adam, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.Adam.__init__(
             self,
@@ -83,7 +83,7 @@ class Adam(_Adam, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
 
 class AdamW(_Adam, torch.optim.AdamW):
@@ -92,7 +92,8 @@ class AdamW(_Adam, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable,
             fused: as in torch.
-        implementation: see `Adam`.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -117,7 +118,7 @@ class AdamW(_Adam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.AdamW.__init__(
             self,
@@ -133,4 +134,4 @@ class AdamW(_Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.optim.own import RuleOptimizer
 from hybridopt.rules.adopt import RULE
 
@@ -26,8 +26,8 @@ class ADOPT(RuleOptimizer):
         weight_decay: see `decouple`.
         maximize: ascend.
         decouple: shrink the weights by lr * weight_decay instead of adding weight_decay * weight to the gradient.
-        implementation: `"auto"` (default) or `"fused"`: one compiled loop on the CPU where it can be;
-            `"foreach"`: torch's list functions, on any device; `"reference"`: tensor by tensor.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Raises:
         MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.
@@ -57,7 +57,7 @@ class ADOPT(RuleOptimizer):
         *,
         maximize: bool = False,
         decouple: bool = False,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas) or not eps > 0:
             raise MethodError(
@@ -74,11 +74,11 @@ class ADOPT(RuleOptimizer):
                 "maximize": maximize,
                 "decouple": decouple,
             },
-            implementation,
+            **options,
         )
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], *group["betas"], group["eps"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return group["maximize"], group["weight_decay"] != 0, group["decouple"]

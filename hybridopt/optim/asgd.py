@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.asgd import RULE
 
 
@@ -21,8 +21,8 @@ class ASGD(FusedStep, torch.optim.ASGD):
         params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable: as in
             torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused ASGD).
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same,
-            with one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -53,15 +53,15 @@ class ASGD(FusedStep, torch.optim.ASGD):
         capturable: bool = False,
         *,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.ASGD.__init__(
             self, params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return float(group["lr"]), group["lambd"], group["alpha"], group["t0"], group["weight_decay"]
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], group["lambd"], group["alpha"], group["t0"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return (group["maximize"], bool(group["weight_decay"] != 0))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.optim.own import RuleOptimizer
 from hybridopt.rules.lion import RULE
 
@@ -24,8 +24,8 @@ class Lion(RuleOptimizer):
         betas: decay of the direction and of the momentum.
         weight_decay: decoupled.
         maximize: ascend.
-        implementation: `"auto"` (default) or `"fused"`: one compiled loop on the CPU where it can be;
-            `"foreach"`: torch's list functions, on any device; `"reference"`: tensor by tensor.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Raises:
         MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.
@@ -53,7 +53,7 @@ class Lion(RuleOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise MethodError(
@@ -63,11 +63,11 @@ class Lion(RuleOptimizer):
         super().__init__(
             params,
             {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize},
-            implementation,
+            **options,
         )
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return float(group["lr"]), *group["betas"], group["weight_decay"]
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], *group["betas"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return (group["maximize"],)

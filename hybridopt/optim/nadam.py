@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.nadam import RULE
 
 
@@ -21,8 +21,8 @@ class NAdam(FusedStep, torch.optim.NAdam):
         params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, foreach, maximize,
             capturable, differentiable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused NAdam).
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same,
-            with one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -54,7 +54,7 @@ class NAdam(FusedStep, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.NAdam.__init__(
             self,
@@ -70,11 +70,11 @@ class NAdam(FusedStep, torch.optim.NAdam):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         return (
-            float(group["lr"]),
+            group["lr"],
             *group["betas"],
             group["eps"],
             group["weight_decay"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from hybridopt.engines.foreach import TensorList
 from hybridopt.errors import MethodError
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules import Rule, State
 
 
@@ -27,14 +27,12 @@ class RuleOptimizer(FusedStep):
 
     rule: ClassVar[Rule]
 
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], implementation: Implementation = "auto"
-    ) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[StepOptions]) -> None:
         torch.optim.Optimizer.__init__(self, params, defaults)
-        self._choose(implementation, None, None)
+        self._configure(options)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return tuple(float(group[name]) for name in self.rule.hyper)
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(group[name] for name in self.rule.hyper)
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return tuple(bool(group[name]) for name in self.rule.flags)
@@ -49,7 +47,7 @@ class RuleOptimizer(FusedStep):
         rule = self.rule
         for group in self.param_groups:
             flags = dict(zip(rule.flags, self._flags(group), strict=True))
-            hyper = self._hyper(group)
+            hyper = tuple(map(float, self._hyper(group)))
             names = rule.active(flags)
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -182,15 +180,15 @@ def from_rule(
     class Own(RuleOptimizer):
         __doc__ = update.__doc__ or f"Made by `from_rule` from `{update.__name__}`; hyperparameters {values}."
 
-        def __init__(
-            self, params: ParamsT, *, implementation: Implementation = "auto", **options: Any
-        ) -> None:
-            unknown = set(options) - set(values)
+        def __init__(self, params: ParamsT, **options: Any) -> None:
+            given = {key: options.pop(key) for key in list(options) if key in values}
+            unknown = set(options) - set(StepOptions.__annotations__)
             if unknown:
                 raise MethodError(
-                    f"{type(self).__name__}: unknown option {sorted(unknown)}; known: {sorted(values)}"
+                    f"{type(self).__name__}: unknown option {sorted(unknown)}; known: {sorted(values)} and "
+                    f"{sorted(StepOptions.__annotations__)}"
                 )
-            super().__init__(params, {**values, **options}, implementation)
+            super().__init__(params, {**values, **given}, **options)
 
     Own.rule = rule
     Own.__name__ = Own.__qualname__ = name or update.__name__

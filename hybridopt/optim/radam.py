@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.radam import RULE
 
 
@@ -21,8 +21,8 @@ class RAdam(FusedStep, torch.optim.RAdam):
         params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach, maximize, capturable,
             differentiable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused RAdam).
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same,
-            with one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -53,7 +53,7 @@ class RAdam(FusedStep, torch.optim.RAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.RAdam.__init__(
             self,
@@ -68,10 +68,10 @@ class RAdam(FusedStep, torch.optim.RAdam):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], *group["betas"], group["eps"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return (group["maximize"], bool(group["weight_decay"] != 0), group["decoupled_weight_decay"])

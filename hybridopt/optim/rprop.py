@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.rprop import RULE
 
 
@@ -20,8 +20,8 @@ class Rprop(FusedStep, torch.optim.Rprop):
     Args:
         params, lr, etas, step_sizes, capturable, foreach, maximize, differentiable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused Rprop).
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same,
-            with one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -50,7 +50,7 @@ class Rprop(FusedStep, torch.optim.Rprop):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.Rprop.__init__(
             self,
@@ -63,9 +63,9 @@ class Rprop(FusedStep, torch.optim.Rprop):
             maximize=maximize,
             differentiable=differentiable,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         return *group["etas"], *group["step_sizes"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:

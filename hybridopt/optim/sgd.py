@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._base import FusedStep
-from hybridopt.optim._implementation import Implementation
+from hybridopt.optim._extras import StepOptions
 from hybridopt.rules.sgd import RULE
 
 
@@ -20,8 +20,8 @@ class SGD(FusedStep, torch.optim.SGD):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
             as in torch.
-        implementation: `"auto"` (default): compiled where it can be, else torch's default; `"fused"`: the same, with
-            one warning where it cannot; `"foreach"`, `"reference"`: torch's own.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -47,7 +47,7 @@ class SGD(FusedStep, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.SGD.__init__(
             self,
@@ -62,10 +62,10 @@ class SGD(FusedStep, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def _hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return float(group["lr"]), group["momentum"], group["dampening"], float(group["weight_decay"])
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], group["momentum"], group["dampening"], group["weight_decay"]
 
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return group["maximize"], bool(group["weight_decay"] != 0), group["momentum"] != 0, group["nesterov"]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.nn import Parameter
 
 import hybridopt.optim
 from hybridopt.engines import cpu
-from hybridopt.engines._source import Untranslatable, digest, module_source
+from hybridopt.engines._numba_source import digest, module_source
+from hybridopt.engines._translate import Untranslatable
+from hybridopt.engines._variant import Variant
 from hybridopt.rules import Rule, xp
 from hybridopt.rules.sgd import RULE as SGD
 from hybridopt.rules.sgd import _scalars
 
-FLAGS = {"maximize": False, "decay": False, "heavy": False, "nesterov": False}
+FLAGS = (("maximize", False), ("decay", False), ("heavy", False), ("nesterov", False))
 STEP = """
 import sys, torch, hybridopt.optim
 p = torch.nn.Parameter(torch.ones(3))
@@ -60,16 +63,16 @@ def step(optimizer: Any) -> None:
 def test_key_covers_the_rules_text() -> None:
     """An edited rule, other flags, other dtypes: another module; the same text: the same."""
     edited = types.FunctionType(_scalars.__code__, _scalars.__globals__)
-    assert module_source(
-        Rule(SGD.update, edited, SGD.state, SGD.hyper, (), False), FLAGS, "float32", "float32"
-    ) == (module_source(SGD, FLAGS, "float32", "float32"))
+    plain = Variant(FLAGS)
+    same = Rule(SGD.update, edited, SGD.state, SGD.hyper, (), False)
+    assert module_source(same, plain) == module_source(SGD, plain)
     sources = [
-        module_source(SGD, FLAGS, "float32", "float32"),
-        module_source(SGD, FLAGS, "float64", "float32"),
-        module_source(SGD, {**FLAGS, "maximize": True}, "float32", "float32"),
-        module_source(
-            Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), FLAGS, "float32", "float32"
-        ),
+        module_source(SGD, plain),
+        module_source(SGD, replace(plain, weight="float64")),
+        module_source(SGD, replace(plain, gradient="bfloat16")),
+        module_source(SGD, replace(plain, scaled=True)),
+        module_source(SGD, replace(plain, flags=(("maximize", True), *FLAGS[1:]))),
+        module_source(Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), plain),
     ]
     assert len({digest(s) for s in sources}) == len(sources)
 
@@ -208,7 +211,7 @@ def test_refusal_names_the_reason(update: Any) -> None:
     rule = Rule(update, None, (), ("lr",), (), False)
     for _ in range(2):  # the second answer is remembered
         with pytest.raises(Untranslatable, match=REFUSED[update]):
-            cpu.compiled(rule, (), "float32", "float32")
+            cpu.compiled(rule, Variant())
 
 
 def test_infinite_and_typed_constants() -> None:

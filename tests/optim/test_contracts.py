@@ -40,7 +40,7 @@ NAMES = (
 COMPILED = "fused (numba)"
 # torch's load_state_dict turns their numbers (eta, mu, mu_product), but not `step`, into the dtype of their weight
 WIDENED = ("ASGD", "NAdam")
-MIXED = "torch's own code: the weights of a group, or their counters, have different dtypes"
+MIXED = "torch's own code: the counters of a weight have different dtypes"
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # so that every class has a state
 
 
@@ -95,8 +95,9 @@ def test_signature(name: str) -> None:
     kept = {key: p for key, p in mine.items() if key in torchs}
     assert list(kept) == list(torchs)
     assert [(p.kind, p.default) for p in kept.values()] == [(p.kind, p.default) for p in torchs.values()]
-    assert set(mine) - set(torchs) <= {"fused", "implementation"}
-    assert all(mine[key].kind is inspect.Parameter.KEYWORD_ONLY for key in set(mine) - set(torchs))
+    assert set(mine) - set(torchs) <= {"fused", "options"}
+    assert mine["options"].kind is inspect.Parameter.VAR_KEYWORD
+    assert "fused" in torchs or mine["fused"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -698,15 +699,8 @@ def test_complex_weights(name: str) -> None:
     assert_same(case, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
-    case = pair("Adam", dtype=dtype)
-    both(case, range(3))
-    assert str(dtype) in case[0]._used
-    assert_same(case, 0)
-
-
 def test_mixed_dtypes_of_weights() -> None:
+    """A group's weights of several dtypes: one loop for each."""
     case = pair("Adam")
     for optimizer, params in ((case[0], case[1]), (case[2], case[3])):
         extra = Parameter(torch.ones(4))
@@ -716,8 +710,9 @@ def test_mixed_dtypes_of_weights() -> None:
         params.append(second)
         optimizer.param_groups[0]["params"].append(second)
     both(case, range(3))
-    assert "different dtypes" in case[0]._used
-    assert_same(case, 0)
+    assert case[0]._used == COMPILED
+    assert len(case[0]._plans) == 3
+    assert_same(case, 1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -750,10 +745,10 @@ def test_capturable_is_refused_as_torch_refuses_it() -> None:
 
 
 def test_fused_that_cannot_be_warns_once_with_the_reason() -> None:
-    p = Parameter(torch.ones(2, dtype=torch.bfloat16))
+    p = Parameter(torch.ones(2, dtype=torch.complex64))
     optimizer = hybridopt.optim.RMSprop([p], fused=True)
     p.grad = torch.ones_like(p)
-    with pytest.warns(RuntimeWarning, match=r"fused was asked for, but a weight is torch.bfloat16"):
+    with pytest.warns(RuntimeWarning, match=r"fused was asked for, but a weight is torch.complex64"):
         optimizer.step()
     optimizer.step()  # a second warning would be an error
 
@@ -761,7 +756,7 @@ def test_fused_that_cannot_be_warns_once_with_the_reason() -> None:
 def test_states_of_other_kinds() -> None:
     """Counters in another dtype than their neighbours', a number where a tensor was: torch's code, torch's result."""
     for change in (
-        lambda entry: entry.update(step=entry["step"].double()),
+        lambda entry: entry.update(step=entry["step"].int()),
         lambda entry: entry.update(exp_avg=entry["exp_avg"].t().contiguous().t()),
     ):
         case = pair("Adam", shapes=((3, 2), (4, 4)))

@@ -1,0 +1,39 @@
+"""Which compiled form of a rule is wanted: its flags, how numbers are stored, and what is done beside the rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Dtypes that an engine can load and store, in bytes an element."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form. 16-bit numbers are converted when loaded and stored; between, everything is float32."""
+
+    flags: tuple[tuple[str, bool], ...] = ()
+    weight: str = "float32"
+    gradient: str = "float32"
+    states: tuple[str, ...] = ()
+    """Dtypes of the rule's active states, in order."""
+    scalar: str = "float32"
+    """Dtype of the per-tensor numbers (`step`)."""
+    unscaled: bool = False
+    """Gradients are divided by a loss scale first, and written back so."""
+    scaled: bool = False
+    """The rule sees gradients times a factor (clipping); they stay as they are."""
+    stochastic: bool = False
+    """bfloat16 weights and states are rounded up or down at random, right on average."""
+    kahan: bool = False
+    """What rounding took from a weight is kept in a further state of the weight's dtype, `kahan_comp`."""
+
+    @property
+    def compute(self) -> str:
+        """Dtype of the arithmetic."""
+        return "float64" if self.weight == "float64" else "float32"
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Numbers beside the rule's hyperparameters, in order: loss scale and factor."""
+        return (*(("divisor",) if self.unscaled else ()), *(("factor",) if self.scaled else ()))

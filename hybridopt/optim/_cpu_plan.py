@@ -1,0 +1,97 @@
+"""A plan that runs on the CPU, as one numba loop."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.engines import cpu
+from hybridopt.optim._plan import _NOTHING, Ineligible, Kind, Number, Plan, _increment_version, wrong_number
+
+if TYPE_CHECKING:
+    from hybridopt.optim._base import FusedStep
+
+PARALLEL_FROM = 1 << 18  # elements a step; below, waking a thread costs more than it saves
+CHUNK = 1 << 16  # elements a piece of a parallel step, and of a sum
+
+
+class CpuPlan(Plan):
+    """See `Plan`; the compiled loop gets the address of one block of addresses."""
+
+    engine = "numba"
+
+    def __init__(self, optimizer: FusedStep, index: int, kind: Kind, members: Sequence[bool]) -> None:
+        super().__init__(optimizer, index, kind, members)
+        width = cpu.width(optimizer.rule, self.variant)
+        self.scratch = array("d", [0.0] * max(1, self.size * width))
+        arrays = (self.table, self.gradients, self.hyper, self.scratch)
+        self.block = array("q", [self.size, *(a.buffer_info()[0] for a in arrays), 0, 0, 0, 0])
+        self.block_address = self.block.buffer_info()[0]
+        self.chunks = self._cut() if sum(self.numels) >= PARALLEL_FROM else None
+        self.module: Any = None
+        if self.size:
+            try:
+                self.module = cpu.compiled(optimizer.rule, self.variant)
+            except cpu.Untranslatable as error:
+                raise Ineligible(str(error)) from error
+
+    def _cut(self) -> tuple[array[int], int]:
+        """Pieces of (tensor, start, count) for several threads; a tensor without elements needs none."""
+        pieces = array("q")
+        for t, numel in enumerate(self.numels):
+            for start in range(0, numel, CHUNK):
+                pieces.extend((t, start, min(CHUNK, numel - start)))
+        return pieces, len(pieces) // 3
+
+    def _moved(self) -> None:
+        """The loop reads `gradients` itself."""
+
+    def _refuses(self, group: Mapping[str, Any]) -> str:
+        return "capturable=True" if group.get("capturable") else wrong_number(group)
+
+    def _take(self, hyper: Sequence[Any]) -> None:
+        self.hyper[: self.hypers] = array("d", map(float, hyper))
+
+    def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
+        """See `Plan.run`."""
+        if self.module is None:
+            return
+        for i, name in enumerate(self.variant.extras):
+            self.hyper[self.hypers + i] = float(extras[name])
+        threads = 1 if self.chunks is None else torch.get_num_threads()
+        if threads == 1 or self.chunks is None:
+            self.module.run(self.block_address)
+        else:
+            self._run_parallel(*self.chunks, threads)
+        _increment_version(self.params)
+
+    def _run_parallel(self, chunks: array[int], count: int, threads: int) -> None:
+        shared = list(self.block[:5])
+        begin = array("q", [*shared, 1, 0, 0, 0])
+        self.module.run(begin.buffer_info()[0])
+        ends = [count * i // threads for i in range(threads + 1)]
+        blocks = [array("q", [*shared, 2, chunks.buffer_info()[0], *ends]) for ends in pairwise(ends)]
+        pool: Any = cpu.pool(threads - 1)
+        others = [pool.submit(self.module.run, block.buffer_info()[0]) for block in blocks[1:]]
+        try:
+            self.module.run(blocks[0].buffer_info()[0])
+        finally:  # nobody may free this memory while a thread writes to it
+            wait(others)
+
+    def square_sum(self) -> float:
+        """See `Plan.square_sum`. Pieces of fixed size, summed exactly: the same bits for any number of threads."""
+        if not self.size:
+            return 0.0
+        pieces, count = self._cut()
+        out = array("d", [0.0] * max(1, count))
+        addresses = (self.gradients, pieces, out)
+        block = array("q", [count, *(a.buffer_info()[0] for a in addresses)])
+        cpu.squares(self.variant.gradient).run(block.buffer_info()[0])
+        return math.fsum(out) if all(map(math.isfinite, out)) else math.nan

@@ -1,0 +1,98 @@
+"""What a step may do beside its rule: other precisions, rounding, clipping, a look for numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from hybridopt.errors import MethodError
+from hybridopt.optim._implementation import Implementation
+
+HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.float64, *HALVES)
+
+
+class StepOptions(TypedDict, total=False):
+    """Keyword options of every elementwise optimizer here, beside its own; never part of a state dict.
+
+    16-bit weights are always computed in float32. All of this runs inside the fused loop; where that cannot be used,
+    torch's own code runs on float32 copies (slower, same results up to rounding).
+    """
+
+    implementation: Implementation
+    """`"auto"` (default): the fastest that gives the right result; `"fused"`: one compiled loop, with one warning
+    where that cannot be; `"foreach"`, `"reference"`: torch's own list functions, torch's own loop."""
+    state_dtype: torch.dtype | None
+    """Dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in torch."""
+    stochastic_rounding: bool
+    """bfloat16 weights and states are rounded up or down at random, right on average, so that updates smaller than
+    half a digit are not lost. The bits depend on seed, step, tensor and element alone, on any device. Default False."""
+    kahan_sum: bool
+    """What rounding takes from a 16-bit weight is kept in one more state, `kahan_comp` (2 bytes a weight), and added
+    back at the next step. Default False."""
+    max_grad_norm: float | None
+    """The rule sees gradients scaled down so that the 2-norm of all of them is at most this, as after
+    `torch.nn.utils.clip_grad_norm_`; `.grad` itself stays as it is. One reading of the gradients more. Default None."""
+    nonfinite: Literal["ignore", "skip", "raise"]
+    """If a gradient is nan or inf: step as torch does (`"ignore"`, default), leave weights and states alone and count
+    it in `skipped_steps`, or raise `NonFiniteLoss` before anything is changed."""
+    seed: int
+    """Of stochastic rounding. Default 0."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """`StepOptions` as settled."""
+
+    state_dtype: torch.dtype | None = None
+    stochastic_rounding: bool = False
+    kahan_sum: bool = False
+    max_grad_norm: float | None = None
+    nonfinite: str = "ignore"
+    seed: int = 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether gradients are read before the step."""
+        return self.max_grad_norm is not None or self.nonfinite != "ignore"
+
+    def kahan_for(self, weight: torch.dtype) -> bool:
+        """Whether a weight of this dtype has a `kahan_comp`."""
+        return self.kahan_sum and weight in HALVES
+
+    def widens(self, weight: torch.dtype) -> bool:
+        """Whether a weight of this dtype, or its states, are not stored as they are computed."""
+        return weight in HALVES or (self.state_dtype is not None and self.state_dtype is not weight)
+
+    @classmethod
+    def of(cls, name: str, options: dict[str, Any]) -> Extras:
+        """Check and settle; `name` is the optimizer's, for messages.
+
+        Raises:
+            MethodError: an option is unknown or has a value it cannot have.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise MethodError(
+                f"{name}: unknown option {', '.join(unknown)}; beside its own it takes implementation, "
+                f"{', '.join(sorted(known))}"
+            )
+        extras = cls(**options)
+        if extras.state_dtype is not None and extras.state_dtype not in _FLOATS:
+            raise MethodError(
+                f"{name}: expected state_dtype to be a torch float dtype, got {extras.state_dtype!r}"
+            )
+        norm = extras.max_grad_norm
+        if norm is not None and (isinstance(norm, bool) or not 0 < float(norm) < math.inf):
+            raise MethodError(f"{name}: expected max_grad_norm > 0, got {norm!r}")
+        if extras.nonfinite not in ("ignore", "skip", "raise"):
+            raise MethodError(
+                f"{name}: expected nonfinite to be ignore, skip or raise, got {extras.nonfinite!r}"
+            )
+        if isinstance(extras.seed, bool) or not isinstance(extras.seed, int):
+            raise MethodError(f"{name}: expected seed to be a whole number, got {extras.seed!r}")
+        return extras

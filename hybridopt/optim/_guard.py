@@ -1,0 +1,98 @@
+"""A step that first looks at all gradients: their norm, whether they are finite, and a GradScaler's verdict."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.errors import NonFiniteLoss
+from hybridopt.optim._plan import Plan
+
+if TYPE_CHECKING:
+    from hybridopt.optim._base import FusedStep
+
+
+def guarded_step(optimizer: FusedStep, plans: list[Plan] | None) -> None:
+    """Do the step, unless gradients that are not finite forbid it.
+
+    Args:
+        optimizer: whose gradients they are; a GradScaler has set `grad_scale` and `found_inf` on it for this step.
+        plans: its compiled steps; None = it has none now.
+
+    Raises:
+        NonFiniteLoss: under `nonfinite="raise"`; nothing was changed.
+    """
+    lent: dict[str, Any] = {
+        name: optimizer.__dict__.pop(name)
+        for name in ("grad_scale", "found_inf")
+        if name in optimizer.__dict__
+    }
+    try:  # torch's own fused code would read them a second time
+        _step(optimizer, plans, lent.get("grad_scale"), lent.get("found_inf"))
+    finally:
+        optimizer.__dict__.update(lent)
+
+
+@torch.no_grad()
+def _step(
+    optimizer: FusedStep, plans: list[Plan] | None, scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    extras = optimizer._extras
+    if found_inf is not None and found_inf.item():
+        return
+    divisor = 1.0 if scale is None else scale.item()
+    if plans is None and scale is not None:
+        _unscale(optimizer, divisor)
+        divisor = 1.0
+    factor = None
+    if extras.measured:
+        squares = _square_sum(optimizer) if plans is None else sum(float(plan.square_sum()) for plan in plans)
+        norm = math.sqrt(squares) / abs(divisor)
+        if not math.isfinite(norm) and extras.nonfinite == "raise":
+            raise NonFiniteLoss(
+                f'{type(optimizer).__name__}: {_first_bad(optimizer)} (nonfinite="raise"); weights and states are as '
+                "before"
+            )
+        if not math.isfinite(norm) and extras.nonfinite == "skip":
+            optimizer.skipped_steps += 1
+            return
+        if extras.max_grad_norm is not None:
+            factor = min(1.0, extras.max_grad_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s
+    if plans is None:
+        optimizer._elsewhere(factor)
+    else:
+        numbers = {"divisor": divisor, "factor": 1.0 if factor is None else factor}
+        for plan in plans:
+            plan.run(numbers)
+
+
+def _gradients(optimizer: FusedStep) -> list[Tensor]:
+    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [g if g.layout is torch.strided else g.coalesce().values() for g in found]
+
+
+def _unscale(optimizer: FusedStep, scale: float) -> None:
+    for g in _gradients(optimizer):
+        g.div_(scale)
+
+
+def _square_sum(optimizer: FusedStep) -> float:
+    norms = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).item() for g in _gradients(optimizer)]
+    return math.fsum(n * n for n in norms) if all(map(math.isfinite, norms)) else math.nan
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _first_bad(optimizer: FusedStep) -> str:
+    for i, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names")
+        for j, p in enumerate(group["params"]):
+            if p.grad is not None and not bool(p.grad.to_dense().isfinite().all()):
+                which = repr(names[j]) if names else f"number {j} of group {i}"
+                return f"expected finite gradients, that of weight {which} (shape {tuple(p.shape)}) is not"
+    return "expected a finite norm of all gradients, it overflows"

@@ -1,0 +1,191 @@
+"""Clipping, numbers that are not finite, and a GradScaler's work, inside the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import hybridopt.optim
+from hybridopt.errors import NonFiniteLoss
+from tests.optim.test_precision import COMPILED, bits, give, make, weights
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+IMPLEMENTATIONS = ["auto", "reference"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion"])
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_is_torchs(name: str, dtype: torch.dtype, implementation: str, limit: float) -> None:
+    """As after clip_grad_norm_, over several groups; the gradients themselves stay."""
+    results = []
+    for inside in (True, False):
+        params = weights(dtype)
+        groups: Any = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
+        extra = {"max_grad_norm": limit} if inside else {}
+        optimizer = make(name, groups, implementation=implementation, **extra)
+        for step in range(4):
+            give(params, step)
+            kept = [p.grad.clone() for p in params if p.grad is not None]
+            if not inside:
+                torch.nn.utils.clip_grad_norm_(params, limit)
+            optimizer.step()
+            if inside:
+                assert all(
+                    torch.equal(p.grad, g) for p, g in zip(params, kept, strict=True) if p.grad is not None
+                )
+        results.append(params)
+        assert (optimizer._used == COMPILED) == (implementation == "auto")
+    tol = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            p = Parameter(torch.linspace(-1, 1, 300_001))
+            optimizer = hybridopt.optim.Adam([p], max_grad_norm=0.1)
+            for _ in range(3):
+                p.grad = torch.sin(p.detach() * 1000)
+                optimizer.step()
+            results.append(p.detach().clone())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skip_and_count(dtype: torch.dtype, bad: float, implementation: str) -> None:
+    params = weights(dtype)
+    optimizer = make("Adam", params, nonfinite="skip", implementation=implementation)
+    for step in range(3):
+        give(params, step)
+        optimizer.step()
+    before = bits(params, optimizer)
+    give(params, 3)
+    assert params[3].grad is not None
+    params[3].grad[-1, -1] = bad
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(params, optimizer), strict=True))
+    give(params, 4)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert not torch.equal(before[0], params[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_raise_names_the_weight(implementation: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = hybridopt.optim.SGD(
+        list(model.named_parameters()), lr=0.1, nonfinite="raise", implementation=implementation
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    model.weight.grad = torch.ones(2, 3)
+    model.bias.grad = torch.tensor([1.0, math.nan])
+    with pytest.raises(
+        NonFiniteLoss, match=r"SGD: expected finite gradients, that of weight 'bias' \(shape \(2,\)\)"
+    ):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    model.bias.grad = torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(model.bias, before[1])
+
+
+def test_large_finite_gradients_are_finite() -> None:
+    """Their squares overflow float32, not the sum kept in float64."""
+    p = Parameter(torch.ones(100))
+    optimizer = hybridopt.optim.SGD([p], lr=1e-38, nonfinite="raise")
+    for _ in range(2):
+        p.grad = torch.full((100,), 3e38)
+        optimizer.step()
+    assert optimizer._used == COMPILED
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "foreach"])
+@pytest.mark.parametrize("name", ["Adam", "SGD", "RMSprop", "Lion"])
+def test_grad_scaler(name: str, implementation: str) -> None:
+    """Scaled losses give the plain path; `.grad` is left unscaled; a step with an infinite gradient is left out."""
+    results: list[list[Tensor]] = []
+    for scaled in (True, False):
+        params = weights(torch.float32)
+        optimizer = make(name, params, implementation=implementation)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=scaled)
+        for step in range(7):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            loss = sum((p * torch.randn(p.shape, generator=generator)).sum() + (p**2).sum() for p in params)
+            assert isinstance(loss, Tensor)
+            scaler.scale(loss).backward()
+            wanted = 2 * params[0].detach() + torch.randn(
+                params[0].shape, generator=torch.Generator().manual_seed(step)
+            )
+            if step == 4:
+                assert params[1].grad is not None
+                params[1].grad[0] = math.inf
+                if not scaled:
+                    continue
+                before = bits(params, optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            assert params[0].grad is not None
+            if step == 4:
+                assert all(torch.equal(a, b) for a, b in zip(before, bits(params, optimizer), strict=True))
+            else:
+                torch.testing.assert_close(params[0].grad, wanted, rtol=1e-5, atol=1e-6)
+            assert "grad_scale" not in optimizer.__dict__
+        assert (optimizer._used == COMPILED) == (implementation == "auto")
+        results.append([p.detach() for p in params])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scaler_with_unscale_and_clipping() -> None:
+    """Clipping sees unscaled gradients, whether the scaler or the step unscales them."""
+    results = []
+    for way in ("step", "unscale_", "plain"):
+        params = weights(torch.float32)
+        optimizer = make("AdamW", params, max_grad_norm=0.3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=way != "plain")
+        for step in range(4):
+            give(params, step)
+            for p in params:
+                assert p.grad is not None
+                if way != "plain":
+                    scaler.scale(torch.zeros(()))
+                    p.grad.mul_(256.0)
+            if way == "unscale_":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([p.detach() for p in params])
+    for other in results[:2]:
+        for a, b in zip(other, results[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_counts_and_options_survive_pickling() -> None:
+    import pickle
+
+    params = weights(torch.float32)
+    optimizer = make("Adam", params, nonfinite="skip", max_grad_norm=1.0)
+    give(params, 0)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = math.nan
+    optimizer.step()
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert copied.skipped_steps == 1
+    assert copied._extras == optimizer._extras

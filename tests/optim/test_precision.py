@@ -1,0 +1,368 @@
+"""16-bit weights, chosen state dtypes, rounding at random, Kahan compensation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import hybridopt.optim
+from hybridopt.engines import _noise
+from hybridopt.errors import MethodError
+
+HALVES = [torch.bfloat16, torch.float16]
+NAMES = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "RMSprop",
+    "Rprop",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+]
+NAMES += ["Lion", "ADOPT", "Adan"]
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "Adagrad": {"lr": 0.1}}
+COMPILED = "fused (numba)"
+
+
+def make(name: str, params: list[Tensor], **options: Any) -> Any:
+    return getattr(hybridopt.optim, name)(params, **{"lr": 0.01, **OPTIONS.get(name, {}), **options})
+
+
+def weights(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(5, 7), (3,), (1,), (64, 33)]
+    return [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def give(params: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def run(optimizer: Any, params: list[Tensor], steps: range) -> None:
+    for step in steps:
+        give(params, step)
+        optimizer.step()
+
+
+def bits(params: list[Tensor], optimizer: Any) -> list[Tensor]:
+    states = [v for p in params for k, v in sorted(optimizer.state[p].items()) if isinstance(v, Tensor)]
+    return [t.detach().clone() for t in [*params, *states]]
+
+
+# -- arithmetic in float32 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_is_the_float32_step_rounded(name: str, dtype: torch.dtype) -> None:
+    """From any 16-bit state a step gives exactly torch's float32 step of the same numbers, rounded once."""
+    mine = weights(dtype)
+    optimizer = make(name, mine)
+    run(optimizer, mine, range(3))
+    for step in range(3, 6):
+        wide = [Parameter(p.detach().float()) for p in mine]
+        reference = make(name, wide, implementation="reference")
+        for p, q in zip(mine, wide, strict=True):
+            for key, value in optimizer.state[p].items():
+                reference.state[q][key] = value.float() if value.shape == p.shape else value.clone()
+        give(mine, step)
+        for p, q in zip(mine, wide, strict=True):
+            assert p.grad is not None
+            q.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+        assert optimizer._used == COMPILED
+        for p, q in zip(mine, wide, strict=True):
+            close(p, q, dtype)
+            for key, value in optimizer.state[p].items():
+                close(value, reference.state[q][key], dtype)
+
+
+def close(stored: Tensor, wide: Tensor, dtype: torch.dtype) -> None:
+    """Equal after rounding, up to ties that float32's last digit turned over (at most one number in 500)."""
+    wrong = stored.detach() != wide.detach().to(stored.dtype)
+    assert wrong.sum() <= max(1, stored.numel() // 500)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(stored.float(), wide.detach().float(), rtol=1.01 * eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_equals_wide_copies(name: str, dtype: torch.dtype) -> None:
+    """The compiled loop and torch's code on float32 copies do the same; both are reached by `implementation`."""
+    results = []
+    for implementation in ("auto", "reference"):
+        params = weights(dtype)
+        optimizer = make(name, params, implementation=implementation)
+        run(optimizer, params, range(5))
+        results.append(params)
+        assert (optimizer._used == COMPILED) == (implementation == "auto")
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Lion", "Rprop"])
+def test_special_numbers_survive(name: str) -> None:
+    """Infinite and nan weights and gradients stay what float32 makes of them."""
+    for dtype in HALVES:
+        p = Parameter(torch.tensor([1.0, float("inf"), float("nan"), 2.0, -1.0, 1.0], dtype=dtype))
+        optimizer = make(name, [p], stochastic_rounding=True)
+        for _ in range(3):
+            p.grad = torch.tensor([1.0, 1.0, 1.0, float("nan"), float("inf"), 0.0], dtype=dtype)
+            optimizer.step()
+        assert optimizer._used == COMPILED
+        assert bool(torch.isnan(p[2]))
+        assert bool(torch.isinf(p[1]))
+        assert bool(torch.isfinite(p[0]))
+        assert bool(torch.isfinite(p[5]))
+        if name in ("Adam", "SGD"):  # the others go by signs, and nan has none
+            assert not bool(torch.isfinite(p[3]))
+
+
+# -- state dtype ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weight", "state"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Rprop", "NAdam", "Lion", "Adagrad"])
+def test_state_dtype_is_kept(name: str, weight: torch.dtype, state: torch.dtype, implementation: str) -> None:
+    """By the first step, the compiled ones, a checkpoint, and torch's own cast on loading."""
+    params = weights(weight)
+    optimizer = make(name, params, state_dtype=state, implementation=implementation)
+    run(optimizer, params, range(3))
+    assert (optimizer._used == COMPILED) == (implementation == "auto")
+    kept = [v for p in params for v in optimizer.state[p].values() if v.shape == p.shape and v.dim() > 1]
+    assert kept
+    assert all(v.dtype is state for v in kept)
+    others = [Parameter(p.detach().clone()) for p in params]
+    second = make(name, others, state_dtype=state, implementation=implementation)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for a, b in zip(bits(params, optimizer), bits(others, second), strict=True):
+        assert a.dtype is b.dtype
+        assert torch.equal(a, b)
+    run(optimizer, params, range(3, 6))
+    run(second, others, range(3, 6))
+    for a, b in zip(bits(params, optimizer), bits(others, second), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wide_states_of_narrow_weights_are_not_cut_by_loading() -> None:
+    """torch would cast the float32 states of a bfloat16 weight to bfloat16."""
+    params = weights(torch.bfloat16)
+    optimizer = make("Adam", params, state_dtype=torch.float32)
+    run(optimizer, params, range(3))
+    plain = make("Adam", [Parameter(p.detach().clone()) for p in params])
+    plain.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, plain.param_groups[0]["params"], strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], plain.state[q]["exp_avg"])
+    torchs = torch.optim.Adam(params)
+    torchs.load_state_dict(optimizer.state_dict())
+    assert torchs.state[params[0]]["exp_avg"].dtype is torch.bfloat16
+
+
+# -- rounding at random ---------------------------------------------------------------------------------------
+
+
+def test_hash_is_the_same_in_all_engines() -> None:
+    """The compiled loop's bits are the Python ones: weights and states, several tensors, several steps."""
+    results = []
+    for implementation in ("auto", "reference"):
+        params = weights(torch.bfloat16)
+        optimizer = make(
+            "SGD",
+            params,
+            momentum=0.5,
+            lr=0.25,
+            stochastic_rounding=True,
+            seed=7,
+            implementation=implementation,
+        )
+        run(optimizer, params, range(6))
+        results.append(bits(params, optimizer))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_key_depends_on_everything() -> None:
+    keys = {_noise.key(*k) for k in np.ndindex(4, 5, 6, 3)}
+    assert len(keys) == 4 * 5 * 6 * 3
+    x = torch.full((4000,), 1 + 2**-9)
+    streams = [_noise.rounded(x, _noise.key(0, 1, 2, c)) for c in range(2)]
+    same = (streams[0] == streams[1]).double().mean().item()
+    assert abs(same - 0.625) < 0.04  # independent: .75² + .25²
+
+
+@pytest.mark.parametrize("value", [1 + 2**-9, -(1 + 2**-9), 3.1415927, -1e-30, 7e30])
+def test_right_on_average(value: float) -> None:
+    n = 1 << 16
+    x = torch.full((n,), value)
+    told = _noise.rounded(x, _noise.key(3, 1, 0, 0)).double()
+    below = told.min().item()
+    above = told.max().item()
+    assert below <= x[0].item() <= above
+    assert above - below <= 1.01 * 2**-7 * abs(value)
+    wanted = (x[0].item() - below) / (above - below)
+    share = (told == above).double().mean().item()
+    assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 2**-16
+
+
+def test_halves_are_exact() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    assert torch.equal(_noise.rounded(x, 5).float(), x)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+def test_small_updates_are_not_lost(name: str) -> None:
+    """Updates of a twentieth of a digit: rounding to nearest never moves, at random it does, on average by all."""
+    moved = []
+    for stochastic in (False, True):
+        p = Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = make(
+            name,
+            [p],
+            lr=2**-12,
+            stochastic_rounding=stochastic,
+            **({"momentum": 0.0} if name == "SGD" else {"weight_decay": 0.0}),
+        )
+        for _ in range(40):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved.append((1 - p.detach().double()).mean().item())
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(40 * 2**-12, rel=0.05)
+
+
+def test_seed_and_checkpoint() -> None:
+    def path(seed: int, stop: int | None = None) -> list[Tensor]:
+        params = weights(torch.bfloat16)
+        optimizer = make("SGD", params, stochastic_rounding=True, seed=seed)
+        for step in range(8):
+            if step == stop:
+                params = [Parameter(p.detach().clone()) for p in params]
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = make("SGD", params, stochastic_rounding=True, seed=seed)
+                optimizer.load_state_dict(saved)
+            run(optimizer, params, range(step, step + 1))
+        return bits(params, optimizer)
+
+    first = path(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, path(1), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, path(2), strict=True))
+    for stop in (1, 2, 5):
+        assert all(torch.equal(a, b) for a, b in zip(first, path(1, stop), strict=True))
+
+
+# -- Kahan ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_kahan_follows_float32(dtype: torch.dtype, implementation: str) -> None:
+    """Weight plus compensation walks with float32 weights whose gradients are the same, to 16 digits."""
+    narrow, wide = weights(dtype), [Parameter(p.detach().float()) for p in weights(dtype)]
+    options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
+    mine = make(
+        "SGD", narrow, kahan_sum=True, state_dtype=torch.float32, implementation=implementation, **options
+    )
+    reference = torch.optim.SGD(wide, **options)
+    plain_params = weights(dtype)
+    plain = make("SGD", plain_params, state_dtype=torch.float32, **options)
+    for step in range(60):
+        give(narrow, step)
+        for p, q, r in zip(narrow, wide, plain_params, strict=True):
+            assert p.grad is not None
+            q.grad, r.grad = p.grad.float(), p.grad.clone()
+        for optimizer in (mine, reference, plain):
+            optimizer.step()
+    assert mine.state[narrow[0]]["kahan_comp"].dtype is dtype
+    errors, lost = [], []
+    for p, q, r in zip(narrow, wide, plain_params, strict=True):
+        told = p.detach().float() + mine.state[p]["kahan_comp"].float()
+        errors.append((told - q.detach()).abs().max().item())
+        lost.append((r.detach().float() - q.detach()).abs().max().item())
+    assert max(errors) < 3e-4
+    assert max(lost) > 10 * max(errors)
+
+
+def test_kahan_survives_a_checkpoint() -> None:
+    params = weights(torch.bfloat16)
+    optimizer = make("AdamW", params, kahan_sum=True)
+    run(optimizer, params, range(4))
+    others = [Parameter(p.detach().clone()) for p in params]
+    second = make("AdamW", others, kahan_sum=True)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, params, range(4, 7))
+    run(second, others, range(4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(bits(params, optimizer), bits(others, second), strict=True))
+
+
+# -- around it ------------------------------------------------------------------------------------------------
+
+
+def test_error_restores_weights_gradients_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = weights(torch.bfloat16)
+    optimizer = make("Adam", params, implementation="reference")
+    run(optimizer, params, range(2))
+    before = bits(params, optimizer)
+    give(params, 2)
+    grads = [p.grad for p in params]
+
+    def fail() -> None:
+        with torch.no_grad():
+            params[0].add_(1)
+        raise RuntimeError("torch's own step")
+
+    monkeypatch.setattr(optimizer, "_torch_step", fail)
+    with pytest.raises(RuntimeError, match="own step"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(params, optimizer), strict=True))
+    assert all(p.dtype is torch.bfloat16 for p in params)
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+
+
+def test_no_group_key_is_added() -> None:
+    mine = make("Adam", weights(torch.bfloat16), state_dtype=torch.float32, kahan_sum=True, seed=3)
+    theirs = torch.optim.Adam(weights(torch.bfloat16), lr=0.01)
+    assert set(mine.state_dict()["param_groups"][0]) == set(theirs.state_dict()["param_groups"][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_dtype": torch.int32}, "expected state_dtype to be a torch float dtype"),
+        ({"max_grad_norm": 0.0}, "expected max_grad_norm > 0"),
+        ({"nonfinite": "stop"}, "expected nonfinite to be ignore, skip or raise"),
+        ({"seed": 0.5}, "expected seed to be a whole number"),
+        ({"rounding": "stochastic"}, "unknown option rounding"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        make("Adam", weights(torch.float32), **options)
+
+
+def test_every_class_takes_them() -> None:
+    for name in NAMES:
+        parameters = inspect.signature(getattr(hybridopt.optim, name).__init__).parameters
+        assert parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
