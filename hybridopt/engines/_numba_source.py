@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from importlib.metadata import version
-from pathlib import Path
-
 from hybridopt.engines._noise import FIRST, GOLDEN, SECOND
 from hybridopt.engines._translate import translate
 from hybridopt.engines._variant import SIZES, Variant
@@ -32,13 +28,6 @@ def module_source(rule: Rule, variant: Variant) -> str:
 def width(rule: Rule, variant: Variant) -> int:
     """float64 numbers that a tensor's coefficients take."""
     return len(rule.coefficients) + len(variant.extras) + int(variant.stochastic)
-
-
-def digest(source: str) -> str:
-    """The key of the disk cache: the generated text, the pointer helpers, and the versions of the compiler."""
-    pointers = Path(__file__).with_name("_intrinsics.py").read_text()
-    text = "\n".join([source, pointers, version("numba"), version("llvmlite"), version("numpy")])
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def squares_source(dtype: str) -> str:

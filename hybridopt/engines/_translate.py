@@ -23,6 +23,7 @@ def translate(
     *,
     number: str = "",
     calls: bool = False,
+    prefix: str = "_",
 ) -> list[str]:
     """A rule's function under another name: flags folded, `xp.f` as `_f`.
 
@@ -33,6 +34,7 @@ def translate(
         decorator: the line above it.
         number: makes every number a typed constant of the module (`np.float32`); empty = plain literals.
         calls: write `a / b` as `_div(a, b)` and `a ** b` as `_pow(a, b)`.
+        prefix: of the helpers' names, in place of `_`.
 
     Raises:
         Untranslatable: says what cannot be expressed.
@@ -57,7 +59,7 @@ def translate(
         and isinstance(definition.body[0].value, ast.Constant)
     ):
         definition.body = definition.body[1:]  # a docstring
-    folder = _Folder(flags, function.__globals__, known, bool(number), calls)
+    folder = _Folder(flags, function.__globals__, known, bool(number), calls, prefix)
     definition = folder.visit(definition)
     constants = [f"{key} = {number}({str(value)!r})" for key, value in folder.constants.items()]
     return [*constants, decorator, ast.unparse(ast.fix_missing_locations(definition))]
@@ -65,13 +67,20 @@ def translate(
 
 class _Folder(ast.NodeTransformer):
     def __init__(
-        self, flags: Mapping[str, bool], module: Mapping[str, Any], known: set[str], typed: bool, calls: bool
+        self,
+        flags: Mapping[str, bool],
+        module: Mapping[str, Any],
+        known: set[str],
+        typed: bool,
+        calls: bool,
+        prefix: str,
     ) -> None:
         self.flags = flags
         self.module = module
         self.known = known
         self.typed = typed
         self.calls = calls
+        self.prefix = prefix
         self.constants: dict[str, float] = {}
 
     def visit_If(self, node: ast.If) -> Any:
@@ -108,10 +117,10 @@ class _Folder(ast.NodeTransformer):
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
         left, right = self.visit(node.left), self.visit(node.right)
-        name = {ast.Div: "_div", ast.Pow: "_pow"}.get(type(node.op)) if self.calls else None
+        name = {ast.Div: "div", ast.Pow: "pow"}.get(type(node.op)) if self.calls else None
         if name is None:
             return ast.BinOp(left, node.op, right)
-        return ast.Call(ast.Name(name, ast.Load()), [left, right], [])
+        return ast.Call(ast.Name(self.prefix + name, ast.Load()), [left, right], [])
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         for target in node.targets:
@@ -122,7 +131,7 @@ class _Folder(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         if isinstance(node.value, ast.Name) and node.value.id == "xp" and node.attr in HELPERS:
-            return ast.Name(f"_{node.attr}", ast.Load())
+            return ast.Name(self.prefix + node.attr, ast.Load())
         raise Untranslatable(f"`{ast.unparse(node)}`; a rule may use xp.{', xp.'.join(HELPERS)}")
 
     def visit_Name(self, node: ast.Name) -> Any:

@@ -8,6 +8,7 @@ from operator import is_
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
@@ -39,8 +40,7 @@ class FusedStep(Chosen):
     _extras = Extras()
     _unscaling = False
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
-    skipped_steps: int = 0
-    """Steps left out because a gradient was not finite (`nonfinite="skip"`)."""
+    _skipped: int | Tensor = 0
 
     # -- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -51,6 +51,11 @@ class FusedStep(Chosen):
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         """Values of `rule.flags` for a parameter group."""
         raise NotImplementedError
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite (`nonfinite="skip"`); on a GPU, reading it waits."""
+        return int(self._skipped)
 
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the elementwise states of a group."""
@@ -198,7 +203,7 @@ class FusedStep(Chosen):
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's, with what was asked for."""
-        return {**super().__getstate__(), "_extras": self._extras, "skipped_steps": self.skipped_steps}
+        return {**super().__getstate__(), "_extras": self._extras, "_skipped": self.skipped_steps}
 
 
 _outside_the_graph: Callable[..., Any] = _disable_dynamo(FusedStep.step)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import NonFiniteLoss
-from hybridopt.optim._plan import Plan
+from hybridopt.optim._plan import Number, Plan
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -41,6 +41,9 @@ def _step(
     optimizer: FusedStep, plans: list[Plan] | None, scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     extras = optimizer._extras
+    if plans and all(plan.engine == "triton" and plan.kind.device == plans[0].kind.device for plan in plans):
+        _step_on_device(optimizer, plans, scale, found_inf)
+        return
     if found_inf is not None and found_inf.item():
         return
     divisor = 1.0 if scale is None else scale.item()
@@ -52,12 +55,9 @@ def _step(
         squares = _square_sum(optimizer) if plans is None else sum(float(plan.square_sum()) for plan in plans)
         norm = math.sqrt(squares) / abs(divisor)
         if not math.isfinite(norm) and extras.nonfinite == "raise":
-            raise NonFiniteLoss(
-                f'{type(optimizer).__name__}: {_first_bad(optimizer)} (nonfinite="raise"); weights and states are as '
-                "before"
-            )
+            raise _refused(optimizer)
         if not math.isfinite(norm) and extras.nonfinite == "skip":
-            optimizer.skipped_steps += 1
+            optimizer._skipped += 1
             return
         if extras.max_grad_norm is not None:
             factor = min(1.0, extras.max_grad_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s
@@ -67,6 +67,37 @@ def _step(
         numbers = {"divisor": divisor, "factor": 1.0 if factor is None else factor}
         for plan in plans:
             plan.run(numbers)
+
+
+def _step_on_device(
+    optimizer: FusedStep, plans: list[Plan], scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """The same without waiting for the device, so that a graph can record it (but for `nonfinite="raise"`)."""
+    extras = optimizer._extras
+    numbers: dict[str, Number] = {"divisor": 1.0 if scale is None else scale, "factor": 1.0}
+    skip = None if found_inf is None else found_inf.reshape(1).float()
+    if extras.measured:
+        norm = torch.stack([torch.as_tensor(plan.square_sum()) for plan in plans]).sum().sqrt()
+        if scale is not None:
+            norm = norm / scale.abs()
+        if extras.nonfinite == "raise" and not bool(norm.isfinite()):
+            raise _refused(optimizer)
+        if extras.nonfinite == "skip":
+            bad = (~norm.isfinite()).reshape(1)
+            skip = bad.float() if skip is None else torch.maximum(skip, bad.float())
+            if not isinstance(optimizer._skipped, Tensor):
+                optimizer._skipped = torch.full((1,), optimizer._skipped, device=bad.device)
+            optimizer._skipped.add_(bad)
+        if extras.max_grad_norm is not None:
+            numbers["factor"] = (extras.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    for plan in plans:
+        plan.run(numbers, skip)
+
+
+def _refused(optimizer: FusedStep) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f'{type(optimizer).__name__}: {_first_bad(optimizer)} (nonfinite="raise"); weights and states are as before'
+    )
 
 
 def _gradients(optimizer: FusedStep) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hybridopt.engines import cpu
+from hybridopt.engines import cpu, gpu
 from hybridopt.engines._variant import SIZES, Variant
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _SCALARS = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NOTHING: dict[str, Any] = {}
 Number: TypeAlias = float | Tensor
+ENGINES = {"cpu": "numba", "cuda": "triton"}
+"""What compiles a step on a type of device."""
 
 
 class Ineligible(Exception):
@@ -247,6 +249,8 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
             raise FirstStep("first step, which creates the state")
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
             raise Ineligible(f"the state {name!r} is not a plain tensor")
+        if tensor.device != p.device and name in counters and ENGINES.get(p.device.type) == "triton":
+            tensor = entry[name] = tensor.to(p.device)  # where torch's own fused step keeps it too
         if tensor.device != p.device:
             raise Ineligible(f"the state {name!r} is on {tensor.device}, its weight on {p.device}")
         if name in counters:
@@ -270,29 +274,48 @@ def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
     Raises:
         Ineligible: torch's own code, or the rule in Python, has to do this group's step.
     """
-    from hybridopt.optim._cpu_plan import CpuPlan
-
     group = optimizer.param_groups[index]
     if group.get("differentiable"):
         raise Ineligible("differentiable=True")
     flags = dict(zip(optimizer.rule.flags, map(bool, optimizer._flags(group)), strict=True))
     params: list[Tensor] = group["params"]
     for device in dict.fromkeys(p.device.type for p in params if p.grad is not None):
-        why = cpu.available() if device == "cpu" else f"a weight is on {device}"
-        if why:
-            raise Ineligible(why)
+        _engine(device)
     kinds = [None if p.grad is None else kind_of(optimizer, p, flags) for p in params]
     found = list(dict.fromkeys(kind for kind in kinds if kind is not None))
     if not found:
         found = [Kind(torch.device("cpu"), torch.float32, torch.float32, (), torch.float32)]
     plans: list[Plan] = []
     for kind in found:
-        plan = CpuPlan(optimizer, index, kind, [k == kind for k in kinds])
+        plan = _engine(kind.device.type)(optimizer, index, kind, [k == kind for k in kinds])
         why = plan._refuses(group)
         if why:
             raise Ineligible(why)
         plans.append(plan)
     return plans
+
+
+def _engine(device: str) -> type[Plan]:
+    """What runs on a kind of device.
+
+    Raises:
+        Ineligible: nothing of ours does, or its compiler is not installed.
+    """
+    name = ENGINES.get(device)
+    if name == "numba":
+        from hybridopt.optim._cpu_plan import CpuPlan
+
+        why: str = cpu.available()
+        plan: type[Plan] = CpuPlan
+    elif name == "triton":
+        from hybridopt.optim._device_plan import DevicePlan
+
+        why, plan = gpu.available(), DevicePlan
+    else:
+        raise Ineligible(f"a weight is on {device}")
+    if why:
+        raise Ineligible(why)
+    return plan
 
 
 def wrong_number(group: Mapping[str, Any]) -> str:

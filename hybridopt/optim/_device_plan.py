@@ -1,0 +1,146 @@
+"""A plan that runs on a GPU, as two Triton kernels over tables that live there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.engines import gpu
+from hybridopt.optim._plan import _NOTHING, Ineligible, Kind, Number, Plan, _increment_version
+
+if TYPE_CHECKING:
+    from hybridopt.optim._base import FusedStep
+
+BLOCK = (
+    1024  # elements a program: 8 for each of 128 threads, so that registers (70 to 90) leave room for others
+)
+_WIDE = 16  # bytes of the widest load
+
+
+class DevicePlan(Plan):
+    """See `Plan`. Steps, coefficients and options live on the device: nothing waits for it, a CUDA graph can record it.
+
+    Tables go to the device when something moved; a gradient's new address is one small copy.
+    """
+
+    engine = "triton"
+
+    def __init__(self, optimizer: FusedStep, index: int, kind: Kind, members: Sequence[bool]) -> None:
+        super().__init__(optimizer, index, kind, members)
+        self.device = kind.device
+        self.width = len(self.table) // max(1, self.size)
+        self.sent: list[Tensor] = []  # host memory that a recorded graph will read again
+        self.tables = self._send(torch.tensor(self.table, dtype=torch.int64))
+        coefficients = (
+            len(optimizer.rule.coefficients) + len(self.variant.extras) + int(self.variant.stochastic)
+        )
+        self.numbers = torch.zeros(max(1, self.size * coefficients), dtype=torch.float64, device=self.device)
+        self.told = torch.tensor(self.hyper, dtype=torch.float64)
+        self.hypers_there = self._send(self.told.clone())
+        self.tensors: list[tuple[int, Tensor]] = []
+        self.gradients_there = torch.zeros(max(1, self.size), dtype=torch.int64, device=self.device)
+        self.never = torch.zeros(1, dtype=torch.float32, device=self.device)
+        self.even: list[bool] = []
+        self.aligned = self.unaligned = torch.empty(0, 2, dtype=torch.int32)
+        self.all = self._blocks(range(self.size))
+        self.module: Any = None
+        if self.size:
+            try:
+                self.module = gpu.compiled(optimizer.rule, self.variant)
+            except gpu.Untranslatable as error:
+                raise Ineligible(str(error)) from error
+
+    def _send(self, values: Tensor) -> Tensor:
+        """A copy on the device that nobody waits for."""
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        pinned = values.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            self.sent.append(pinned)
+        return pinned.to(self.device, non_blocking=True)
+
+    def _moved(self) -> None:
+        """Send the gradients' addresses; sort tensors by whether 16 bytes can be loaded at once."""
+        if not self.size:
+            return
+        self.gradients_there.copy_(self._send(torch.tensor(self.gradients, dtype=torch.int64)))
+        last = -1 if self.variant.stochastic else None
+        rows = [self.table[t * self.width : (t + 1) * self.width] for t in range(self.size)]
+        even = [
+            all(address % _WIDE == 0 for address in (g, *row[1 + self.counters : last]))
+            for g, row in zip(self.gradients, rows, strict=True)
+        ]
+        if even != self.even:
+            self.even = even
+            self.aligned = self._blocks([t for t, e in enumerate(even) if e])
+            self.unaligned = self._blocks([t for t, e in enumerate(even) if not e])
+
+    def _blocks(self, members: Sequence[int]) -> Tensor:
+        """(tensor, number of the block) for every block of some tensors."""
+        blocks = [(t, k) for t in members for k in range(-(-self.numels[t] // BLOCK))]
+        return self._send(torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2))
+
+    def _refuses(self, group: Mapping[str, Any]) -> str:
+        for key, value in group.items():
+            if key not in ("params", "param_names"):
+                for part in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(part, Tensor) and (part.requires_grad or part.numel() != 1):
+                        return f"{key} requires a gradient, or is not one number"
+        return ""
+
+    def _take(self, hyper: Sequence[Any]) -> None:
+        """Numbers are sent when they change; tensors are copied on the device at every step, also by a graph."""
+        self.tensors = [(i, value) for i, value in enumerate(hyper) if isinstance(value, Tensor)]
+        values = self.told.clone()
+        for i, value in enumerate(hyper):
+            if not isinstance(value, Tensor):
+                values[i] = float(value)
+        if not torch.equal(values, self.told) or not self.options:
+            self.told = values
+            self.hypers_there.copy_(self._send(values))
+
+    def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
+        """See `Plan.run`."""
+        if self.module is None:
+            return
+        for i, tensor in self.tensors:
+            self.hypers_there[i].copy_(tensor.detach().reshape(()), non_blocking=True)
+        for i, name in enumerate(self.variant.extras, start=self.hypers):
+            value = extras[name]
+            if isinstance(value, Tensor):
+                self.hypers_there[i].copy_(value.reshape(()))
+            else:
+                self.hypers_there[i].fill_(value)
+        flag = self.never if skip is None else skip
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            begin = (self.tables, self.hypers_there, self.numbers, flag)
+            self.module.begin[(self.size,)](*begin, num_warps=1)
+            for chunks, aligned in ((self.aligned, True), (self.unaligned, False)):
+                if len(chunks):
+                    self.module.apply[(len(chunks),)](
+                        self.tables,
+                        self.gradients_there,
+                        chunks,
+                        self.numbers,
+                        flag,
+                        BLOCK=BLOCK,
+                        ALIGNED=aligned,
+                        num_warps=4,
+                        enable_fp_fusion=False,  # a rule says where it fuses; and the default differs by version
+                    )
+        _increment_version(self.params)
+
+    def square_sum(self) -> Tensor:
+        """See `Plan.square_sum`; stays on the device."""
+        if not len(self.all):
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        out = torch.empty(len(self.all), dtype=torch.float64, device=self.device)
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            kernel = gpu.squares(self.variant.gradient).squares
+            kernel[(len(self.all),)](
+                self.tables, self.width, self.gradients_there, self.all, out, BLOCK=BLOCK, num_warps=4
+            )
+        return out.sum()

@@ -1,0 +1,351 @@
+"""The Triton engine: natively where there is a GPU, in Triton's interpreter elsewhere, and compiled for sm_90."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import hybridopt.optim
+from hybridopt.engines import gpu
+from hybridopt.errors import NonFiniteLoss
+from hybridopt.optim import _plan
+from hybridopt.optim._device_plan import DevicePlan
+from tests.optim import test_against_torch as reference
+from tests.optim import test_precision as precision
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OWN = ("Lion", "ADOPT", "Adan")
+FUSED = "fused (triton)"
+
+pytest.importorskip("triton")
+
+
+SHAPES = ((7,), (1100,), (0,), (), (2, 1))  # no full block, a full one and a tail, nothing
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton for weights on the CPU too, few of them, and no warnings of NumPy, which interprets the kernels."""
+    monkeypatch.setitem(_plan.ENGINES, "cpu", "triton")
+    monkeypatch.setattr(reference, "SHAPES", SHAPES)
+    with np.errstate(all="ignore"):
+        yield
+
+
+def on_device(params: list[Any]) -> list[Any]:
+    return [Parameter(p.detach().to(DEVICE)) for p in params]
+
+
+def give(params: list[Any], gradients: list[Tensor]) -> None:
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g.clone()
+
+
+def run(optimizer: Any, params: list[Any], grads: list[list[Tensor]]) -> None:
+    reference.run(optimizer, params, [[g.to(DEVICE) for g in step] for step in grads])
+
+
+# -- results --------------------------------------------------------------------------------------------------
+
+
+def compare(name: str, dtype: torch.dtype, steps: int) -> None:
+    grads = reference.gradients(dtype, steps)
+    for description, kwargs in reference.configurations(name):
+        lr = kwargs.get("lr")
+        if isinstance(lr, Tensor) and lr.dtype.itemsize < dtype.itemsize:
+            continue  # torch computes with the tensor's precision
+        params, references = on_device(reference.weights(dtype)), on_device(reference.weights(dtype))
+        theirs = getattr(torch.optim, name)(references, **deepcopy(kwargs), foreach=False)
+        ours = getattr(hybridopt.optim, name)(params, **deepcopy(kwargs))
+        run(theirs, references, grads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(ours, params, grads)
+        assert ours._used == FUSED, f"{description}: {ours!r}"
+        try:
+            reference.assert_same(ours, theirs, params, references, reference.TOLERANCE[dtype])
+        except AssertionError as error:
+            raise AssertionError(f"{name} {description!r}: {error}") from error
+
+
+@pytest.mark.parametrize("name", reference.NAMES)
+def test_torchs_inputs_in_float64(name: str) -> None:
+    compare(name, torch.float64, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", reference.NAMES)
+def test_torchs_inputs(name: str, dtype: torch.dtype) -> None:
+    """All configurations of torch's own table, 20 steps, every engine within one tolerance of torch's for-loop."""
+    compare(name, dtype, reference.STEPS)
+
+
+def same_as_numba(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, **options: Any) -> None:
+    """Both engines, the same options: equal weights and states (bit for bit below float32)."""
+    results = []
+    for engine in ("numba", "triton"):
+        if DEVICE == "cpu":
+            monkeypatch.setitem(_plan.ENGINES, "cpu", engine)
+        params = [Parameter(p.detach().clone()) for p in precision.weights(dtype)[:3]]
+        if engine == "triton":
+            params = on_device(params)
+        optimizer = precision.make(name, params, **options)
+        for step in range(4):
+            precision.give(params, step)
+            for p in params:
+                assert p.grad is not None
+                p.grad = p.grad.to(p.device)
+            optimizer.step()
+        assert optimizer._used == f"fused ({engine})"
+        results.append(precision.bits(params, optimizer))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype is b.dtype
+        if a.dtype in precision.HALVES:
+            assert torch.equal(a, b.cpu())
+        else:
+            torch.testing.assert_close(a, b.cpu(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*OWN, "AdamW", "SGD"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_same_as_the_cpu_engine(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    same_as_numba(monkeypatch, name, dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stochastic_rounding": True, "seed": 5},
+        {"kahan_sum": True},
+        {"kahan_sum": True, "stochastic_rounding": True, "state_dtype": torch.float32},
+        {"max_grad_norm": 0.25, "state_dtype": torch.float32},
+    ],
+    ids=["stochastic", "kahan", "both", "clipped"],
+)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_precision_as_the_cpu_engine(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
+) -> None:
+    same_as_numba(monkeypatch, name, torch.bfloat16, **options)
+
+
+def test_unaligned_views() -> None:
+    """Weights that start at any element: a second launch, without 16-byte loads."""
+    base = torch.randn(3000, dtype=torch.float64, device=DEVICE)
+    params = [Parameter(base[k : k + 1100]) for k in (0, 1101)] + [Parameter(base[2300:2302])]
+    copies = [Parameter(p.detach().clone()) for p in params]
+    ours, theirs = hybridopt.optim.RMSprop(params), torch.optim.RMSprop(copies)
+    for k in range(3):
+        for p, q in zip(params, copies, strict=True):
+            p.grad = torch.sin(p.detach() * k)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    assert ours._used == FUSED
+    assert ours._plans is not None
+    (plan,) = ours._plans
+    assert isinstance(plan, DevicePlan)
+    assert plan.even == [True, False, True]
+    assert (len(plan.aligned), len(plan.unaligned)) == (3, 2)
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last block of a weight of 5 billion elements, by a table that says so: no offset is cut to 32 bits."""
+    p = Parameter(torch.ones(700, device=DEVICE))
+    optimizer = hybridopt.optim.SGD([p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer._plans is not None
+    (plan,) = optimizer._plans
+    assert isinstance(plan, DevicePlan)
+    block = 5_000_000
+    start = block * 1024
+    plan.tables[0] = start + 700
+    plan.tables[1] -= start * 4
+    plan.gradients_there[0] -= start * 4
+    plan.aligned = plan.aligned.clone()
+    plan.aligned[0, 1] = block
+    plan.run()
+    assert bool((p == 0).all())
+
+
+# -- nothing waits for the device -----------------------------------------------------------------------------
+
+
+def prepared(name: str, **options: Any) -> tuple[Any, list[Any]]:
+    params = on_device(precision.weights(torch.float32)[:3])
+    optimizer = precision.make(name, params, **options)
+    for step in range(2):
+        precision.give(params, step)
+        for p in params:
+            p.grad = p.grad.to(DEVICE)
+        optimizer.step()
+    assert optimizer._used == FUSED
+    return optimizer, params
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever reads a number from the device is an error."""
+
+    def refuse(self: Tensor, *args: Any) -> Any:
+        raise AssertionError("a step waited for the device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+            patch.setattr(Tensor, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad", "ASGD", "Lion"])
+def test_step_without_waiting(name: str) -> None:
+    """Clipping, skipping, a GradScaler's numbers and a tensor as learning rate: all decided on the device."""
+    lr = torch.tensor(0.01, device=DEVICE)
+    optimizer, params = prepared(name, lr=lr, max_grad_norm=1.0, nonfinite="skip")
+    before = precision.bits(params, optimizer)
+    optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
+    optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
+    optimizer._prepare()
+    gradients = [torch.randn_like(p) for p in params]
+    give(params, [4 * g for g in gradients])
+    with no_waiting():
+        optimizer._update()
+    after = precision.bits(params, optimizer)
+    assert not torch.equal(before[0], after[0])
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, gradients, strict=True))
+    for found_inf, bad, skipped in ((1.0, 0.0, 0), (0.0, math.nan, 1), (0.0, math.inf, 2)):
+        optimizer.found_inf.fill_(found_inf)
+        params[1].grad[0] = bad
+        with no_waiting():
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(after, precision.bits(params, optimizer), strict=True))
+        assert optimizer.skipped_steps == skipped
+
+
+def test_raise() -> None:
+    optimizer, params = prepared("Adam", nonfinite="raise")
+    before = precision.bits(params, optimizer)
+    params[1].grad[0] = math.nan
+    with pytest.raises(NonFiniteLoss, match="number 1 of group 0"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, precision.bits(params, optimizer), strict=True))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "RMSprop", "NAdam"])
+def test_replay_reads_live_hyperparameters(name: str) -> None:
+    """What a graph replays is `run` alone: tensors as learning rate and weight decay act when they are refilled."""
+    lr = torch.tensor(0.01, dtype=torch.float64, device=DEVICE)
+    results = []
+    for replay in (True, False):
+        params = [Parameter(torch.linspace(-1, 1, 9, dtype=torch.float64, device=DEVICE))]
+        optimizer: Any = getattr(hybridopt.optim, name)(params, lr=lr.fill_(0.01), weight_decay=0.1)
+        decay = torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
+        optimizer.param_groups[0]["weight_decay"] = decay
+        params[0].grad = torch.linspace(1, 2, 9, dtype=torch.float64, device=DEVICE)
+        for step in range(5):
+            if step == 3:
+                lr.fill_(0.5)
+                decay.fill_(0.01)
+            if replay and step >= 2:
+                optimizer._plans[0].run()
+            else:
+                optimizer.step()
+        assert optimizer._used == FUSED
+        results.append(precision.bits(params, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    first = results[0][0]
+    assert (first - torch.linspace(-1, 1, 9, dtype=torch.float64, device=DEVICE)).abs().max() > 0.3
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", [*reference.NAMES, *OWN])
+def test_cuda_graph(name: str) -> None:
+    """A recorded step, replayed, leaves the same bits as eager steps."""
+    results = []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        optimizer, params = prepared(name, lr=torch.tensor(0.01, device=DEVICE) if name not in OWN else 0.01)
+        if recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            for _ in range(3):
+                graph.replay()
+        else:
+            for _ in range(3):
+                optimizer.step()
+        results.append(precision.bits(params, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- around it ------------------------------------------------------------------------------------------------
+
+
+def test_counters_move_to_the_device_and_checkpoints_interchange() -> None:
+    optimizer, params = prepared("Adam")
+    copies = on_device(params)
+    torchs: Any = torch.optim.Adam(copies, lr=0.01)
+    torchs.load_state_dict(deepcopy(optimizer.state_dict()))
+    gradients = [torch.randn_like(p) for p in params]
+    for _ in range(2):
+        give(params, gradients)
+        give(copies, gradients)
+        optimizer.step()
+        torchs.step()
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        assert optimizer.state[p]["step"].device == p.device
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "available", lambda: "Triton is not installed")
+    p = Parameter(torch.ones(2, device=DEVICE))
+    optimizer = hybridopt.optim.RMSprop([p], fused=True)
+    p.grad = torch.ones_like(p)
+    with pytest.warns(RuntimeWarning, match="fused was asked for, but Triton is not installed; torch's own"):
+        optimizer.step()
+
+
+# -- code for sm_90, made without such a device ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_code_for_sm_90() -> None:
+    """Loads and stores of 16 bytes in the main path of every rule, no spilled registers, at least 5 blocks an SM."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "triton_code.py"), "--json"],
+        env={**environment, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["rule"] for row in rows} >= {"adam", "sgd", "rprop", "nadam", "lion"}
+    for row in rows:
+        assert row["loads of 16 bytes"] >= row["arrays read"], row
+        assert row["stores of 16 bytes"] >= row["arrays written"], row
+        assert row["spilled bytes"] == 0, row
+        assert row["registers"] <= 96, row  # 65 536 registers, 128 threads a block
