@@ -16,6 +16,7 @@ from hybridopt.optim._extras import Extras, StepOptions
 from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._implementation import Chosen
 from hybridopt.optim._plan import FirstStep, Ineligible, Plan, plans_for
+from hybridopt.optim._shards import Shards, sharded
 from hybridopt.optim._wide import cast_states, keep_precision, wide_step
 from hybridopt.rules import Rule
 
@@ -39,6 +40,7 @@ class FusedStep(Chosen):
     _groups = 0
     _extras = Extras()
     _unscaling = False
+    _shards: Shards | None = None
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
     _skipped: int | Tensor = 0
 
@@ -113,6 +115,11 @@ class FusedStep(Chosen):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._plans is None and sharded(self):
+            if self._shards is None or not self._shards.fits(self):
+                self._shards = Shards(self)
+            self._shards.step(self)
+            return loss
         options = self.__dict__
         scaler = "grad_scale" in options or "found_inf" in options  # set by a GradScaler for this step
         unscaling = scaler and options.get("grad_scale") is not None
@@ -188,18 +195,18 @@ class FusedStep(Chosen):
         """
         super().load_state_dict(state_dict)
         keep_precision(self, state_dict)
-        self._plans = None
+        self._plans = self._shards = None
         self._settle()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
         super().add_param_group(param_group)
-        self._plans = None
+        self._plans = self._shards = None
         self._settle()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = None
+        self._plans = self._shards = None
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's, with what was asked for."""

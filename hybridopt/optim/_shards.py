@@ -1,0 +1,115 @@
+"""Steps of DTensors (FSDP2, tensor parallelism) on their local shards: no dispatch, every rule, every engine."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hybridopt.engines._noise import GOLDEN
+from hybridopt.errors import MethodError
+
+if TYPE_CHECKING:
+    from hybridopt.optim._base import FusedStep
+
+
+def sharded(optimizer: FusedStep) -> bool:
+    """Whether a weight is a DTensor; the module that defines them takes long to import, and is not loaded for this."""
+    module = sys.modules.get("torch.distributed.tensor")
+    kind: Any = getattr(module, "DTensor", None)
+    return kind is not None and any(
+        isinstance(p, kind) for group in optimizer.param_groups for p in group["params"]
+    )
+
+
+class Shards:
+    """A twin of an optimizer that steps the local shards, in the same memory.
+
+    The optimizer's own states are DTensors around the twin's states, laid out as their weight, as distributed
+    checkpoints want them. A shard without elements has states too.
+    """
+
+    def __init__(self, optimizer: FusedStep) -> None:
+        extras = optimizer._extras
+        if extras.measured:
+            raise MethodError(
+                f"{type(optimizer).__name__}: max_grad_norm and nonfinite need the norm over all shards, which is not "
+                "supported for DTensors; use torch.nn.utils.clip_grad_norm_ before the step"
+            )
+        self.inner = copy.copy(optimizer)
+        if extras.stochastic_rounding:  # equal places of different shards must not share their noise
+            seed = extras.seed + GOLDEN * torch.distributed.get_rank()
+            self.inner._extras = dataclasses.replace(extras, seed=seed)
+        self.inner._plans = None
+        self.inner._shards = None
+        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
+        local = [torch.nn.Parameter(_local(p).detach(), requires_grad=False) for p in self.weights]
+        self.locals = dict(zip(self.weights, local, strict=True))
+        self.inner.param_groups = [
+            {**group, "params": [self.locals[p] for p in group["params"]]} for group in optimizer.param_groups
+        ]
+        self.inner.state = defaultdict(dict)
+        self.seen: dict[tuple[int, str], Tensor] = {}
+
+    def fits(self, optimizer: FusedStep) -> bool:
+        """Whether weights and groups are those it was made for, in the same memory."""
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        return len(weights) == len(self.weights) and all(
+            p is q and _local(p).data_ptr() == self.locals[p].data_ptr()
+            for p, q in zip(weights, self.weights, strict=True)
+        )
+
+    @torch.no_grad()
+    def step(self, optimizer: FusedStep) -> None:
+        """Hand gradients, options and states that were replaced to the twin; let it step; wrap what it made."""
+        inner = self.inner
+        for mine, group in zip(inner.param_groups, optimizer.param_groups, strict=True):
+            for key, value in group.items():
+                if key != "params":
+                    mine[key] = value
+        for name in ("grad_scale", "found_inf"):
+            inner.__dict__.pop(name, None)
+            if name in optimizer.__dict__:
+                inner.__dict__[name] = optimizer.__dict__[name]
+        for i, p in enumerate(self.weights):
+            mine, grad = self.locals[p], p.grad
+            if grad is not None and _is_sharded(grad) and grad.placements != p.placements:
+                grad = grad.redistribute(placements=p.placements)
+            mine.grad = None if grad is None else _local(grad)
+            for name, value in optimizer.state.get(p, {}).items():
+                if self.seen.get((i, name)) is not value:
+                    inner.state[mine][name] = _local(value) if isinstance(value, Tensor) else value
+        inner._update()
+        optimizer._say(f"{inner._used}, on local shards")
+        for i, p in enumerate(self.weights):
+            for name, value in inner.state.get(self.locals[p], {}).items():
+                known = self.seen.get((i, name))
+                if known is None or _local(known) is not value or optimizer.state[p].get(name) is not known:
+                    wrapped = _like(value, p)
+                    self.seen[i, name] = optimizer.state[p][name] = wrapped
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensor: Any) -> Tensor:
+    """The shard itself (the attribute: `to_local` makes a new tensor each time)."""
+    found: Tensor = tensor._local_tensor if _is_sharded(tensor) else tensor
+    return found
+
+
+def _like(value: Any, p: Any) -> Any:
+    """A state of a shard as a DTensor laid out like its weight; per-tensor numbers stay plain."""
+    if not _is_sharded(p) or not isinstance(value, Tensor) or value.shape != _local(p).shape:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
