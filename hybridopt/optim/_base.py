@@ -39,6 +39,7 @@ class FusedStep(Chosen):
     _entries: tuple[dict[str, Any], ...] = ()
     _groups = 0
     _extras = Extras()
+    _guarded = False  # gradients are read before the step
     _unscaling = False
     _shards: Shards | None = None
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
@@ -74,6 +75,7 @@ class FusedStep(Chosen):
         rest: dict[str, Any] = dict(options)
         implementation = rest.pop("implementation", "auto")
         self._extras = Extras.of(type(self).__name__, rest)
+        self._guarded = self._extras.measured
         cast_states(self)
         self._choose(implementation, foreach, fused)
 
@@ -115,27 +117,35 @@ class FusedStep(Chosen):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plans is None and sharded(self):
+        options, plans = self.__dict__, self._plans
+        scaler = "grad_scale" in options or "found_inf" in options  # set by a GradScaler for this step
+        if scaler or plans is None or self._unscaling or self._guarded or not self._current(plans):
+            self._careful_update(scaler)
+        else:
+            for plan in plans:
+                plan.run()
+        return loss
+
+    def _careful_update(self, scaler: bool) -> None:
+        """A step that is not simply the next one of its plans."""
+        plans = self._plans
+        if plans is None and sharded(self):
             if self._shards is None or not self._shards.fits(self):
                 self._shards = Shards(self)
             self._shards.step(self)
-            return loss
-        options = self.__dict__
-        scaler = "grad_scale" in options or "found_inf" in options  # set by a GradScaler for this step
-        unscaling = scaler and options.get("grad_scale") is not None
+            return
+        unscaling = scaler and self.__dict__.get("grad_scale") is not None
         if unscaling is not self._unscaling:
-            self._unscaling, self._plans = unscaling, None
-        plans = self._plans
+            self._unscaling, plans = unscaling, None
         if plans is None or not self._current(plans):
             plans = self._prepare()
-        if scaler or self._extras.measured:
+        if scaler or self._guarded:
             guarded_step(self, plans)
         elif plans is None:
             self._elsewhere(None)
         else:
             for plan in plans:
                 plan.run()
-        return loss
 
     def _elsewhere(self, factor: float | None) -> None:
         """The step where no compiled loop runs: torch's own, on wider copies where numbers are stored in 16 bits."""
@@ -156,7 +166,10 @@ class FusedStep(Chosen):
             or len(groups) != self._groups
         ):
             return False
-        return all(plan.refresh(self, groups[plan.index]) for plan in plans)
+        for plan in plans:  # noqa: SIM110 - all() over a generator would take half a microsecond more
+            if not plan.refresh(self, groups[plan.index]):
+                return False
+        return True
 
     def _prepare(self) -> list[Plan] | None:
         """Plans for all groups; None, with the reason in `repr`, if this step is not compiled."""
@@ -210,7 +223,12 @@ class FusedStep(Chosen):
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's, with what was asked for."""
-        return {**super().__getstate__(), "_extras": self._extras, "_skipped": self.skipped_steps}
+        return {
+            **super().__getstate__(),
+            "_extras": self._extras,
+            "_guarded": self._guarded,
+            "_skipped": self.skipped_steps,
+        }
 
 
 _outside_the_graph: Callable[..., Any] = _disable_dynamo(FusedStep.step)

@@ -63,7 +63,7 @@ class CpuPlan(Plan):
         """See `Plan.run`."""
         if self.module is None:
             return
-        for i, name in enumerate(self.variant.extras):
+        for i, name in enumerate(self.extras):
             self.hyper[self.hypers + i] = float(extras[name])
         threads = 1 if self.chunks is None else torch.get_num_threads()
         if threads == 1 or self.chunks is None:

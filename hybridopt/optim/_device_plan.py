@@ -34,9 +34,7 @@ class DevicePlan(Plan):
         self.width = len(self.table) // max(1, self.size)
         self.sent: list[Tensor] = []  # host memory that a recorded graph will read again
         self.tables = self._send(torch.tensor(self.table, dtype=torch.int64))
-        coefficients = (
-            len(optimizer.rule.coefficients) + len(self.variant.extras) + int(self.variant.stochastic)
-        )
+        coefficients = len(optimizer.rule.coefficients) + len(self.extras) + int(self.variant.stochastic)
         self.numbers = torch.zeros(max(1, self.size * coefficients), dtype=torch.float64, device=self.device)
         self.told = torch.tensor(self.hyper, dtype=torch.float64)
         self.hypers_there = self._send(self.told.clone())
@@ -108,7 +106,7 @@ class DevicePlan(Plan):
             return
         for i, tensor in self.tensors:
             self.hypers_there[i].copy_(tensor.detach().reshape(()), non_blocking=True)
-        for i, name in enumerate(self.variant.extras, start=self.hypers):
+        for i, name in enumerate(self.extras, start=self.hypers):
             value = extras[name]
             if isinstance(value, Tensor):
                 self.hypers_there[i].copy_(value.reshape(()))

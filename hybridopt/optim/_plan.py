@@ -101,8 +101,8 @@ class Plan(abc.ABC):
         )
         seed = [float(extra.seed & 0xFFFFFFFF)] if extra.stochastic_rounding else []
         self.hypers = len(rule.hyper)
-        extras = len(self.variant.extras)
-        self.hyper = array("d", [*[0.0] * self.hypers, *[1.0] * extras, *seed] or [0.0])
+        self.extras = self.variant.extras
+        self.hyper = array("d", [*[0.0] * self.hypers, *[1.0] * len(self.extras), *seed] or [0.0])
         self.table = self._table([i for i, member in enumerate(members) if member], optimizer._first(index))
 
     def _states(self) -> Iterable[Tensor]:

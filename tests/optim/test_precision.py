@@ -132,6 +132,30 @@ def test_special_numbers_survive(name: str) -> None:
             assert not bool(torch.isfinite(p[3]))
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("name", NAMES[:11])
+def test_error_is_at_most_twice_torchs(name: str, dtype: torch.dtype) -> None:
+    """Against float64 from the same start and gradients, over odd, empty and non-contiguous weights."""
+    sizes: list[Tensor] = [torch.randn(n) for n in (1, 127, 1823, 0)] + [torch.randn(33, 65).t()]
+
+    def run_in(package: Any, kind: torch.dtype) -> list[Tensor]:
+        params = [Parameter(t.to(dtype).to(kind)) for t in sizes]
+        optimizer = getattr(package, name)(params, **{"lr": 0.01, **OPTIONS.get(name, {})})
+        for step in range(10):
+            generator = torch.Generator().manual_seed(step)
+            for p in params:
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator).to(dtype))
+            optimizer.step()
+        return [p.detach().double() for p in params]
+
+    exact = run_in(torch.optim, torch.float64)
+    mine, torchs = (
+        sum((a - b).square().sum().item() for a, b in zip(run_in(package, dtype), exact, strict=True)) ** 0.5
+        for package in (hybridopt.optim, torch.optim)
+    )
+    assert mine <= 2 * torchs + 1e-9
+
+
 # -- state dtype ----------------------------------------------------------------------------------------------
 
 
