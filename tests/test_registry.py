@@ -80,15 +80,15 @@ def test_a_bare_name_stands_for_the_only_one_that_ends_in_it(plugins: Callable[.
     assert registry.full_name("scipy.slsqp") == "scipy.slsqp"
     assert registry.full_name("newton") == "other.newton"
     assert registry.full_name("plain") == "plain"
-    plugins(other__lbfgs="hybridopt_scipy:SLSQP")
+    plugins(other__cobyla="hybridopt_scipy:SLSQP")
     with pytest.raises(
-        MethodError, match=r"'lbfgs' could be other\.lbfgs or torch\.lbfgs; write one of them"
+        MethodError, match=r"'cobyla' could be other\.cobyla or scipy\.cobyla; write one of them"
     ):
-        registry.full_name("lbfgs")
+        registry.full_name("cobyla")
     # "the bare name is ours once we have our own": a full name wins
-    plugins(lbfgs="hybridopt_scipy:SLSQP")
-    assert method("lbfgs") == SLSQP()
-    assert str(method("torch.lbfgs")) == "torch.lbfgs"
+    plugins(cobyla="hybridopt_scipy:SLSQP")
+    assert method("cobyla") == SLSQP()
+    assert str(method("scipy.cobyla")) == "scipy.cobyla"
     assert method("torch.adam") == Adam() != method("adam")
     for wrong in ("lsqp", "scipy.slsq", "torch.Adam"):
         with pytest.raises(MethodError, match=rf"unknown name '{wrong}'; nearest: "):

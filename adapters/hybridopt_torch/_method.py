@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -69,8 +70,14 @@ class TorchMethod(Method):
 
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
         """See `Method.start`. The optimizer is made over the vector's tensors, in their parameter groups."""
-        run = ClosureRun if _needs_closure(self.cls) else InPlaceRun
+        run = ClosureRun if self.closure else InPlaceRun
         return run(self, vector, warm)
+
+    @property
+    def closure(self) -> bool:
+        """Whether a `step` asks for several evaluations itself (LBFGS); else it makes one update of one gradient."""
+        parameter = inspect.signature(self.cls.step).parameters.get("closure")
+        return parameter is not None and parameter.default is parameter.empty
 
     def make(self, vector: ParameterVector) -> torch.optim.Optimizer:
         """The torch optimizer over the vector's tensors."""
@@ -131,15 +138,16 @@ def _rebuild(module: str, name: str, options: dict[str, Any]) -> TorchMethod:
 
 def _keywords(cls: type) -> list[str] | None:
     """Names the constructor takes after the parameters; None if it takes any."""
-    parameters = list(inspect.signature(cls).parameters.values())
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return [p.name for p in parameters[1:]]
-
-
-def _needs_closure(cls: type[torch.optim.Optimizer]) -> bool:
-    parameter = inspect.signature(cls.step).parameters.get("closure")
-    return parameter is not None and parameter.default is parameter.empty
+    known: list[str] = []
+    for p in list(inspect.signature(cls).parameters.values())[1:]:
+        if p.kind is not p.VAR_KEYWORD:
+            known.append(p.name)
+            continue
+        hint = typing.get_type_hints(cls.__init__).get(p.name)  # type: ignore[misc]
+        if typing.get_origin(hint) is not typing.Unpack:
+            return None
+        known += typing.get_type_hints(typing.get_args(hint)[0])
+    return known
 
 
 def method_of(cls: Any, options: dict[str, Any]) -> TorchMethod:

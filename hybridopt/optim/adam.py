@@ -1,4 +1,4 @@
-"""Adam and AdamW."""
+"""Adam, AMSGrad and AdamW."""
 
 from __future__ import annotations
 
@@ -84,6 +84,62 @@ class Adam(_Adam, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         self._configure(options, foreach, fused)
+
+
+class AMSGrad(Adam):
+    """`Adam(amsgrad=True)` under its own name: divides by the largest second moment so far, so steps never grow again.
+
+    Reddi et al. 2018, "On the Convergence of Adam and Beyond", with torch's bias correction (the paper has none). The
+    state dict is that of `torch.optim.Adam(amsgrad=True)`, one state more than Adam's.
+
+    Args:
+        params, lr, betas, eps, weight_decay, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay: as in `torch.optim.Adam`.
+        options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
+            `seed`, all by keyword; see `StepOptions`.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.tensor([1.0], requires_grad=True)
+        >>> optimizer = hybridopt.optim.AMSGrad([x], lr=0.1)
+        >>> for gradient in (100.0, 1.0):
+        ...     x.grad = torch.tensor([gradient])
+        ...     optimizer.step()
+        >>> x.detach().round(decimals=3), sorted(optimizer.state[x])
+        (tensor([0.8320]), ['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'step'])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            True,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            **options,
+        )
 
 
 class AdamW(_Adam, torch.optim.AdamW):

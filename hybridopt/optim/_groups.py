@@ -1,0 +1,70 @@
+"""Steps over whole matrices: a parameter group at a time, its weights batched by shape."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from hybridopt.optim._implementation import Chosen
+
+BATCHED = "batched by shape"
+_is_compiling = torch.compiler.is_compiling
+
+
+class GroupStep(Chosen):
+    """torch's step, but each parameter group is given to `_step_group`."""
+
+    def _step_group(self, group: dict[str, Any]) -> str:
+        """Update the weights of a group; returns what ran, `BATCHED` or `_torchs(why)`."""
+        raise NotImplementedError
+
+    def _torchs(self, why: str) -> str:
+        return f"{self._otherwise()}: {why}" if why else self._otherwise()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one update.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        if _is_compiling():  # grouping by shape and reading norms is not for torch.compile to trace
+            return _outside_the_graph(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            ran = [self._step_group(group) for group in self.param_groups]
+        self._say(next((used for used in ran if used != BATCHED), BATCHED))
+        if self._implementation == "fused" and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: fused was asked for, but a step over whole matrices has no fused kernel; "
+                f"{self._used} runs instead",
+                RuntimeWarning,
+                stacklevel=3,  # torch's profiling wrapper is between
+            )
+        return loss
+
+
+_outside_the_graph: Callable[..., Any] = _disable_dynamo(GroupStep.step)
+
+
+def same_shaped(params: Sequence[Tensor], limit: int) -> Iterator[list[int]]:
+    """Indices of weights alike in shape, dtype and device, at most `limit` elements (or one weight) at a time."""
+    alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        alike[p.shape, p.dtype, p.device].append(i)
+    for members in alike.values():
+        size = max(1, limit // max(1, params[members[0]].numel()))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]

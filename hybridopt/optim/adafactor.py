@@ -1,0 +1,251 @@
+"""Adafactor: Adam's scaling from the row and column means of squared gradients instead of a number per weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import _adafactor as torch_adafactor
+from torch.optim.optimizer import ParamsT
+
+from hybridopt.optim._groups import BATCHED, GroupStep, same_shaped
+from hybridopt.optim._implementation import Implementation
+
+# Elements: of weights stacked, or of the rows of a larger one that are updated at a time (they stay in the cache); from
+# where finding out that nothing is clamped pays; from where a single weight is faster than in torch's for-loop.
+STACKED, SEPARABLE, LARGE = 1 << 17, 1 << 13, 1 << 16
+# Smaller weights are for torch's for-loop when fewer: 1, 2, 3 matrices of 8 x 8 take 197, 292, 311 µs a step stacked
+# and 167, 270, 365 in the loop; 1, 2, 3 vectors of 64 131, 210, 224 and 105, 148, 192 (AMD EPYC, one thread, 2026-11).
+ENOUGH_MATRICES, ENOUGH_VECTORS = 3, 5
+
+_DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ONE = torch.tensor(1.0)  # to make it takes 10 µs a step
+_torchs_step: Any = torch_adafactor.adafactor
+
+
+class Adafactor(GroupStep, torch.optim.Adafactor):
+    """`torch.optim.Adafactor`, same-shaped weights batched: same arguments, same results, same state dict.
+
+    For models whose optimizer state must be small: per matrix one number a row and one a column. Where memory does not
+    matter `Adam` needs less care.
+
+    Args:
+        params, lr, beta2_decay, eps, d, weight_decay, foreach, maximize: as in torch.
+        fused: `True` is `implementation="fused"`.
+        implementation: `"auto"` (default): batched on the CPU in float32 and float64, else torch's default;
+            `"foreach"`, `"reference"`: torch's own; `"fused"`: no such kernel: one warning, then as auto.
+
+    Notes:
+        Memory beyond the state: a few copies of 131 thousand weights; of a whole weight that is not a matrix, if larger
+        (torch: of every weight). Results are torch's up to the rounding of sums and products.
+
+    Source:
+        Shazeer and Stern 2018, arXiv:1804.04235, with torch's departures from it: means for sums, eps where it divides.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.ones(3, 2, requires_grad=True)
+        >>> optimizer = hybridopt.optim.Adafactor([x], lr=0.1)
+        >>> for _ in range(60):
+        ...     optimizer.zero_grad()
+        ...     loss = (x**2).sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 0.1
+        True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        implementation: Implementation = "auto",
+    ) -> None:
+        torch.optim.Adafactor.__init__(
+            self, params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize
+        )
+        self._choose(implementation, foreach, fused)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As torch's, but the implementation stays the one chosen."""
+        super().load_state_dict(state_dict)
+        self._settle()
+
+    def _step_group(self, group: dict[str, Any]) -> str:
+        self._accelerator_graph_capture_health_check()
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        rows: list[Any] = []  # None for vectors, as `columns`
+        columns: list[Any] = []
+        variances: list[Any] = []  # None for matrices
+        steps: list[Tensor] = []
+        torchs: Any = (
+            self  # checks of weights and gradients, and creation of the state, are torch's own: untyped
+        )
+        torchs._init_group(group, params, grads, rows, columns, variances, steps)
+        eps1, eps2 = group["eps"]
+        if eps1 is None and params:
+            eps1 = torch.finfo(params[0].dtype).eps  # of the first weight, for its whole group: as torch does
+        options: dict[str, Any] = {"eps1": eps1, "eps2": eps2}
+        options |= {name: group[name] for name in ("d", "lr", "beta2_decay", "weight_decay", "maximize")}
+        lists = (params, grads, rows, columns, variances, steps)
+        why = self._not_batched(params, grads)
+        if why or self._implementation in ("reference", "foreach"):
+            _torchs_step(*lists, foreach=group["foreach"], **options)
+            return self._torchs(why)
+        rest: list[int] = []
+        for batch in same_shaped(params, STACKED):
+            if _few([params[i] for i in batch]):
+                rest += batch
+            else:
+                _update(*[[column[i] for i in batch] for column in lists], **options)
+        _torchs_step(*[[column[i] for i in rest] for column in lists], **options)
+        few = params and len(rest) == len(params)
+        return self._torchs("too few small weights of one shape") if few else BATCHED
+
+    def _not_batched(self, params: list[Tensor], grads: list[Tensor]) -> str:
+        """Why torch's own code must do this group."""
+        for p, g in zip(params, grads, strict=True):
+            if p.dtype not in _DTYPES or g.dtype != p.dtype:
+                return f"a weight is {p.dtype} and its gradient {g.dtype}"
+            if p.device.type != "cpu" or g.device != p.device:
+                return f"a weight is on {p.device}"
+            if type(p) not in _PLAIN or type(g) not in _PLAIN or g.layout is not torch.strided:
+                return f"a weight is a {type(p).__name__}, its gradient a {type(g).__name__} with layout {g.layout}"
+        return ""
+
+
+def _few(alike: list[Tensor]) -> bool:
+    """Whether torch's for-loop is faster."""
+    p = alike[0]
+    return p.numel() < LARGE and len(alike) < (ENOUGH_MATRICES if p.ndim > 1 else ENOUGH_VECTORS)
+
+
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    rows: list[Tensor],
+    columns: list[Tensor],
+    variances: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: Any,
+    beta2_decay: float,
+    eps1: float,
+    eps2: float,
+    d: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """One step of weights of one shape, in place, stacked if they are several; letters as in torch's documentation."""
+    p, numel, single = params[0], params[0].numel(), len(params) == 1
+    torch._foreach_add_(steps, _ONE)
+    counts = [step.item() for step in steps]
+    betas = [t**beta2_decay for t in counts]  # 1 - β2 of step t
+    norms = [_norms(weight, True)[0] for weight in params]
+    alphas = [max(eps2, n / numel**0.5) * min(lr, 1 / t**0.5) for n, t in zip(norms, counts, strict=True)]
+    G = _stacked(grads)
+    parts, targets = [G], [params]
+    if p.ndim > 1:
+        height = max(1, STACKED * p.shape[-2] // numel)
+        if single and p.ndim == 2 and height < p.shape[-2]:
+            # a few rows at a time; what is needed twice is computed twice
+            parts = list(torch.split(G, height, dim=-2))
+            targets = [[part] for part in torch.split(p, height, dim=-2)]
+        direction = _factored(parts, rows, columns, betas, eps1)
+    else:
+        torch._foreach_lerp_(variances, _unstacked(G * G, single), betas)
+        V = _stacked(variances).clamp(min=eps1 * eps1)
+
+        def direction(i: int) -> Tensor:
+            return V.rsqrt_().mul_(G)
+
+    U = direction(0)
+    lengths = _norms(U, single)
+    for i in range(1, len(parts)):
+        lengths = [math.hypot(lengths[0], *_norms(direction(i), single))]
+    sign, limit = 1 if maximize else -1, numel**0.5 * d
+    sizes = [sign * float(a / max(1.0, n / limit)) for a, n in zip(alphas, lengths, strict=True)]
+    for i, weights in enumerate(targets):
+        if i:
+            U = direction(i)
+        if weight_decay != 0:
+            torch._foreach_mul_(weights, float(1 - lr * weight_decay))
+        if single:
+            weights[0].add_(U, alpha=sizes[0])
+        else:
+            U.mul_(torch.tensor(sizes, dtype=U.dtype).view(-1, *[1] * p.ndim))
+            torch._foreach_add_(weights, _unstacked(U, single))
+
+
+def _factored(
+    parts: list[Tensor], rows: list[Tensor], columns: list[Tensor], betas: list[float], eps1: float
+) -> Callable[[int], Tensor]:
+    """Update R and C with the mean squares of the gradients, whose rows come in parts.
+
+    Returns:
+        A part's U = G / sqrt(V), V = R C / mean(R) but at least eps1^2, by the number of the part.
+    """
+    single = len(rows) == 1
+    row_means, column_sums = zip(*map(_squares, parts), strict=True)
+    row_mean = torch.cat(row_means, dim=-2)
+    column_mean = functools.reduce(torch.add, column_sums).div_(row_mean.shape[-2])
+    torch._foreach_lerp_(rows, _unstacked(row_mean, single), betas)
+    torch._foreach_lerp_(columns, _unstacked(column_mean, single), betas)
+    R, C = _stacked(rows), _stacked(columns)
+    mean = R.mean(dim=-2, keepdim=True).clamp_(min=eps1)
+    if _separable(R, C, mean, eps1):
+        a, b = _cut(R.rsqrt(), parts), C.rsqrt().mul_(mean.sqrt())
+        return lambda i: (parts[i] * a[i]).mul_(b)
+    r = _cut(R, parts)
+    return lambda i: (r[i] * C).div_(mean).clamp_(min=eps1 * eps1).rsqrt_().mul_(parts[i])
+
+
+def _cut(R: Tensor, parts: list[Tensor]) -> Sequence[Tensor]:
+    """Rows of R as the parts have them."""
+    return (R,) if len(parts) == 1 else torch.split(R, parts[0].shape[-2], dim=-2)
+
+
+def _squares(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the squares in each row, sums of those in each column."""
+    S = G * G
+    return S.mean(dim=-1, keepdim=True), S.sum(dim=-2, keepdim=True)
+
+
+def _separable(R: Tensor, C: Tensor, mean: Tensor, eps1: float) -> bool:
+    """Whether no R C overflows, underflows or is clamped: one root a row and a column then does, not one a weight."""
+    if R.numel() * C.shape[-1] < SEPARABLE:
+        return False
+    low = R.amin(dim=-2, keepdim=True) * C.amin(dim=-1, keepdim=True)
+    high = R.amax(dim=-2, keepdim=True) * C.amax(dim=-1, keepdim=True)
+    limits = torch.finfo(R.dtype)
+    return bool(((low >= limits.tiny) & (low >= eps1 * eps1 * mean) & (high <= limits.max)).all())
+
+
+def _norms(U: Tensor, single: bool) -> list[float]:
+    if single:
+        return [torch.linalg.vector_norm(U).item()]
+    norms: list[float] = torch.linalg.vector_norm(U.reshape(len(U), -1), dim=1).tolist()
+    return norms
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """In a new first dimension, but a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _unstacked(stack: Tensor, single: bool) -> list[Tensor]:
+    return [stack] if single else list(stack.unbind())

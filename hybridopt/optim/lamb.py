@@ -1,0 +1,192 @@
+"""LAMB."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hybridopt.errors import MethodError
+from hybridopt.optim._implementation import Chosen, Implementation
+from hybridopt.optim.own import RuleOptimizer
+from hybridopt.rules.lamb import RULE
+
+_SHARED = ("betas", "eps", "weight_decay", "maximize")
+_BLOCK = 1 << 15  # elements summed in one go; see `_in_blocks`
+
+
+class LAMB(Chosen):
+    """Adam whose step in each tensor is as long as the learning rate times the tensor's own norm; for huge batches.
+
+    You et al. 2020 (arXiv 1904.00962), algorithm 2: x <- x - lr * |x| / |u| * u with u = r + weight_decay * x, and r
+    Adam's step with both biases corrected. phi is the identity, as in the paper's experiments and in apex: no bounds on
+    the ratio. A tensor whose norm, or whose u, is zero takes the ratio 1. Differs from apex: every tensor has its
+    ratio (apex spares those without weight decay), and gradients are not clipped (see
+    `torch.nn.utils.clip_grad_norm_`). With small batches use AdamW.
+
+    The norms are taken over tensors, so it matters how a model is cut into them. The same bits for any number of
+    threads. Besides two states, keeps one tensor as scratch for each weight.
+
+    Args:
+        params: weights or parameter groups, real and dense.
+        lr: length of a step, as a fraction of the norm of each tensor.
+        betas: decay of the first and second moment.
+        eps: added to the root.
+        weight_decay: lambda; part of the direction, hence scaled by the ratio too.
+        maximize: ascend.
+        implementation: of the moments and the direction; norms and step are torch's list functions. `"auto"`
+            (default) or `"fused"`: one compiled loop on the CPU where it can be; `"foreach"`: torch's list functions,
+            on any device; `"reference"`: tensor by tensor.
+
+    Raises:
+        MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> x = torch.tensor([3.0, -4.0], requires_grad=True)
+        >>> optimizer = hybridopt.optim.LAMB([x], lr=0.1, weight_decay=0.0)
+        >>> (x**2).sum().backward()
+        >>> optimizer.step()  # 0.1 of its norm 5, evenly in both: Adam's first step has equal entries
+        >>> x.detach().round(decimals=3)
+        tensor([ 2.6460, -3.6460])
+    """
+
+    _directions: _Directions | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        implementation: Implementation = "auto",
+    ) -> None:
+        if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas) or not eps >= 0:
+            raise MethodError(
+                f"LAMB: expected lr, eps and weight_decay >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, "
+                f"weight_decay={weight_decay}, betas={betas}"
+            )
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+            },
+        )
+        self._choose(implementation, None, None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one update.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        directions = self._ready()
+        try:
+            directions.step()
+            self._say(directions._used)
+            for group, scratch in zip(self.param_groups, directions.param_groups, strict=True):
+                pairs = zip(group["params"], scratch["params"], strict=True)
+                moved = [(p, u) for p, u in pairs if p.grad is not None]
+                if moved:
+                    _move([p for p, _ in moved], [u for _, u in moved], float(group["lr"]))
+        finally:  # gradients are not ours to keep
+            for scratch in directions.param_groups:
+                for u in scratch["params"]:
+                    u.grad = None
+        return loss
+
+    def _ready(self) -> _Directions:
+        """The directions' optimizer, its options, gradients and states being ours of now."""
+        directions = self._directions
+        if directions is None or not directions.fits(self.param_groups):
+            directions = self._directions = _Directions(self.param_groups, self._implementation)
+        for group, scratch in zip(self.param_groups, directions.param_groups, strict=True):
+            scratch.update((key, group[key]) for key in _SHARED)
+            for p, u in zip(group["params"], scratch["params"], strict=True):
+                u.grad = p.grad
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state["step"] = torch.tensor(0.0)
+                        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    directions.state[u].update(state, weight=p)
+        return directions
+
+
+class _Directions(RuleOptimizer):
+    """Runs LAMB's rule on scratch tensors, one for each weight; what it steps are directions, not weights."""
+
+    rule = RULE
+
+    def __init__(self, groups: list[dict[str, Any]], implementation: Implementation) -> None:
+        scratch = [
+            {**{key: g[key] for key in _SHARED}, "params": [torch.empty_like(p) for p in g["params"]]}
+            for g in groups
+        ]
+        super().__init__(scratch, {}, implementation=implementation)
+
+    def fits(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether there is a scratch tensor like each weight."""
+        return [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups] and all(
+            u.shape == p.shape and u.dtype is p.dtype and u.device == p.device and u.stride() == p.stride()
+            for group, scratch in zip(groups, self.param_groups, strict=True)
+            for p, u in zip(group["params"], scratch["params"], strict=True)
+        )
+
+    def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        return *group["betas"], group["eps"], group["weight_decay"]
+
+    def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
+        return group["maximize"], group["weight_decay"] != 0
+
+
+_Directions.__name__ = "LAMB"  # its warnings and errors are LAMB's
+
+
+def _move(params: list[Tensor], directions: list[Tensor], lr: float) -> None:
+    """Set x to x - lr * |x| / |u| * u."""
+    device = params[0].device
+    lengths = torch.stack([n.to(device) for n in _norms(params)])
+    steps = torch.stack([n.to(device) for n in _norms(directions)])
+    ratios = torch.where((lengths > 0) & (steps > 0), lengths / steps, 1.0).unbind()
+    torch._foreach_addcmul_(params, directions, ratios, value=-lr)
+
+
+def _norms(tensors: list[Tensor]) -> Any:
+    """In float32 at least; in one dtype, so that they can be stacked."""
+    dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    return torch._foreach_norm([_in_blocks(t) for t in tensors], dtype=dtype)
+
+
+def _in_blocks(t: Tensor) -> Tensor:
+    """A tensor with the same norm and at most `_BLOCK` elements.
+
+    On the CPU torch adds all squares of a tensor in float32, one after another in a few lanes (relative error 9e-6 for
+    1 M elements, torch 2.13). Blocks are right to 1e-7, and sum in an order that no number of threads changes.
+    """
+    if t.device.type != "cpu" or t.numel() < _BLOCK:
+        return t
+    flat = t.reshape(-1)
+    blocks, rest = torch.split(flat, [t.numel() // _BLOCK * _BLOCK, t.numel() % _BLOCK])
+    parts = [torch.linalg.vector_norm(blocks.view(-1, _BLOCK), dim=1), torch.linalg.vector_norm(rest).view(1)]
+    return _in_blocks(torch.cat(parts))
