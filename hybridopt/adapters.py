@@ -9,7 +9,23 @@ from hybridopt.registry import BUILTIN, factory
 if TYPE_CHECKING:
     from hybridopt_cma import CMAES
     from hybridopt_pyswarm import PSO
-    from hybridopt_scipy import SLSQP, DualAnnealing
+    from hybridopt_scipy import (
+        BFGS,
+        CG,
+        COBYLA,
+        COBYQA,
+        DIRECT,
+        LBFGSB,
+        SHGO,
+        SLSQP,
+        TNC,
+        BasinHopping,
+        DifferentialEvolution,
+        DualAnnealing,
+        NelderMead,
+        Powell,
+        TrustConstr,
+    )
     from hybridopt_torch import (
         ASGD,
         LBFGS,
@@ -29,8 +45,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "ASGD", "CMAES", "LBFGS", "PSO", "SGD", "SLSQP", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax",
-    "DualAnnealing", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam",
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "BFGS", "BasinHopping", "CG",
+    "CMAES", "COBYLA", "COBYQA", "DIRECT", "DifferentialEvolution", "DualAnnealing", "LBFGS", "LBFGSB", "Muon",
+    "NAdam", "NelderMead", "PSO", "Powell", "RAdam", "RMSprop", "Rprop", "SGD", "SHGO", "SLSQP", "SparseAdam",
+    "TNC", "TrustConstr",
 ]  # fmt: skip
 
 # a name with a dot belongs to an outside library

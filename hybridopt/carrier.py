@@ -2,7 +2,9 @@
 
 Either way control passes back and forth explicitly; never do two sides run at once. A greenlet switch costs about
 a microsecond and is right for every solver that keeps its state in Python objects. A solver that keeps a pointer
-into the C stack while it calls back (f2py callbacks, MINPACK) needs a thread.
+into the C stack while it calls back (f2py callbacks, MINPACK) needs a thread. A solver of which a process can run only
+one at a time (COBYQA holds a lock until it ends) is exclusive: whoever is to go on closes the others first, and a
+closed one is run again from its answers when its turn comes.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import greenlet
 import torch
 
-from hybridopt.errors import MethodError
+from hybridopt.errors import MethodError, ReplayMismatch
+from hybridopt.journal import Journal
 from hybridopt.optimizer import Answer, Request
 
-Isolation: TypeAlias = Literal["greenlet", "thread"]
+Isolation: TypeAlias = Literal["greenlet", "thread", "exclusive"]
 _local = threading.local()
 _STUBBORN = (
     1000  # questions a solver may still ask while it is being closed; then it is left to the collector
@@ -60,7 +63,12 @@ Body: TypeAlias = Callable[[Question], Any]
 
 def carry(body: Body, isolation: Isolation) -> Carrier:
     """A carrier of the wanted kind; the body must not refer to the run that owns it (such a cycle is never freed)."""
-    return GreenletCarrier(body) if isolation == "greenlet" else ThreadCarrier(body)
+    kinds: dict[str, Callable[[Body], Carrier]] = {
+        "greenlet": GreenletCarrier,
+        "thread": ThreadCarrier,
+        "exclusive": ExclusiveCarrier,
+    }
+    return kinds[isolation](body)
 
 
 def _thread_token() -> object:
@@ -276,3 +284,64 @@ class ThreadCarrier:
                 self._thread.join()
             finally:
                 self._filters.leave()
+
+
+class ExclusiveCarrier:
+    """A solver of which the process can run only one: at work it has a thread of its own, waiting it may have none.
+
+    A turn costs the solver's own work on all answers so far, if another one went on in between; else as a thread.
+    """
+
+    _turn = threading.Lock()  # held from one question to the next, so two that alternate both get on
+    _at_work: Callable[[], ExclusiveCarrier | None] = staticmethod(lambda: None)  # the last one, weakly
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._journal = Journal()
+        self._thread: ThreadCarrier | None = None
+        self._asked: Request | None = None
+        self._over = False
+
+    def advance(self, answer: Answer | None) -> Request | Done:
+        """See `Carrier`. Waits while another thread has an exclusive solver on its way to its next question."""
+        with ExclusiveCarrier._turn:
+            if answer is not None:
+                assert self._asked is not None
+                self._journal.append(self._asked, answer)
+            try:
+                out = self._go_on(answer)
+            except BaseException:
+                self.close()
+                raise
+        self._over = isinstance(out, Done)
+        self._asked = None if isinstance(out, Done) else out
+        return out
+
+    def usable(self) -> bool:
+        """Any thread may advance it, as long as it has not ended."""
+        return not self._over
+
+    def close(self) -> None:
+        """End the solver and wait for its thread."""
+        self._over = True
+        if self._thread is not None:
+            self._thread.close()
+
+    def _go_on(self, answer: Answer | None) -> Request | Done:
+        last = ExclusiveCarrier._at_work()
+        if last is self and self._thread is not None and self._thread.usable():
+            return self._thread.advance(answer)
+        if last is not None and last._thread is not None:
+            last._thread.close()
+        ExclusiveCarrier._at_work = weakref.ref(self)
+        self._thread = ThreadCarrier(self._body)
+        self._journal.rewind()
+        out = self._thread.advance(None)
+        for i in range(len(self._journal)):
+            if isinstance(out, Done) or not self._journal.matches(out):
+                raise ReplayMismatch(
+                    f"solver: question {i + 1} of {len(self._journal)} differs when it is run again in one process; "
+                    "it draws random numbers of its own, or keeps something from run to run"
+                )
+            out = self._thread.advance(self._journal.next())
+        return out

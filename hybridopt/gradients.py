@@ -51,6 +51,7 @@ class Derivative:
         self._x: FloatArray | None = None
         self._loss = math.inf
         self._gradient: FloatArray | None = None
+        self._ahead = False  # whether `jac` had to ask for the value that `fun` will want next
 
     @property
     def none(self) -> bool:
@@ -58,12 +59,16 @@ class Derivative:
         return self._mode == "none"
 
     def fun(self, x: FloatArray) -> float:
-        """The loss at `x`, shape (n,).
+        """The loss at `x`, shape (n,), or where it has strayed out of the bounds, at the nearest point inside.
 
         Raises:
             NonFiniteLoss: at the first point (with `finite_start`); a method that follows gradients cannot begin
                 there.
         """
+        x = self._start.clip(x)
+        if self._ahead and self._x is not None and np.array_equal(self._x, x):
+            self._ahead = False
+            return self._loss
         if self._mode == "auto":
             self._decide(x)
             return self._loss
@@ -74,13 +79,15 @@ class Derivative:
                 "loss: expected a finite loss at the start point of a method that follows gradients; change the "
                 "initial weights, or put a gradient-free method before it"
             )
-        self._x, self._gradient = np.array(x), None
+        self._x, self._gradient, self._ahead = np.array(x), None, False
         return self._loss
 
     def jac(self, x: FloatArray) -> FloatArray:
         """The gradient at `x`, shape (n,)."""
+        x = self._start.clip(x)
         if self._x is None or not np.array_equal(self._x, x):
             self.fun(x)
+            self._ahead = True
         if self._gradient is not None:
             return self._gradient.copy()
         if not math.isfinite(self._loss):
@@ -178,7 +185,7 @@ class Differences:
 
     def __init__(self, start: Start, step: float | None = None) -> None:
         self._start = start
-        self._central = bool((start.eps > np.finfo(np.float64).eps).any())
+        self._central = narrow(start)
         self._step = step
 
     def _steps(self, x: FloatArray) -> FloatArray:
@@ -248,6 +255,11 @@ def _slope(plus: _Side, minus: _Side) -> FloatArray:
     result[only_plus] = plus.change[only_plus] / plus.moved[only_plus]
     result[only_minus] = minus.change[only_minus] / minus.moved[only_minus]
     return result
+
+
+def narrow(start: Start) -> bool:
+    """Whether any weight's dtype has fewer digits than float64."""
+    return bool((start.eps > np.finfo(np.float64).eps).any())
 
 
 def _zero(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Greenlet and thread carriers: exact switching, nothing that leaks across a switch, nothing left behind."""
+"""Greenlet, thread and exclusive carriers: exact switching, nothing that leaks across a switch or is left behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from hybridopt.carrier import Abandoned, Carrier, Done, Isolation, Question, carry
-from hybridopt.errors import MethodError
+from hybridopt.errors import MethodError, ReplayMismatch
 from hybridopt.optimizer import Answer, Kind, Request
 
-BOTH: list[Isolation] = ["greenlet", "thread"]
+ALL: list[Isolation] = ["greenlet", "thread", "exclusive"]
 
 
 def ask_for(question: Question, number: float) -> float:
@@ -38,7 +38,7 @@ def drive(carrier: Carrier, answers: Iterator[float]) -> Any:
     return out.value
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=ALL)
 def isolation(request: pytest.FixtureRequest) -> Isolation:
     return request.param  # type: ignore[no-any-return]
 
@@ -128,7 +128,7 @@ def test_a_suspended_solver_does_not_keep_its_caller_alive() -> None:
 
 
 def test_usable_only_in_its_own_thread() -> None:
-    carriers = {isolation: carry(counting, isolation) for isolation in BOTH}
+    carriers = {isolation: carry(counting, isolation) for isolation in ALL}
     found = {}
 
     def elsewhere() -> None:
@@ -139,7 +139,7 @@ def test_usable_only_in_its_own_thread() -> None:
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert found == {"greenlet": False, "thread": True}
+    assert found == {"greenlet": False, "thread": True, "exclusive": True}
     assert all(c.usable() for c in carriers.values())
     for c in carriers.values():
         c.close()
@@ -183,6 +183,134 @@ def test_a_question_from_a_helper_thread_is_refused() -> None:
     out = carrier.advance(None)
     assert isinstance(out, Done)
     assert "in its own thread" in str(out.value[0])
+
+
+# -- exclusive ---------------------------------------------------------------------------------------------------
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Its result; a failure, not a test run that hangs, if two solvers wait for each other."""
+    out: list[Any] = []
+    thread = threading.Thread(target=lambda: out.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    return out[0]
+
+
+class Locked:
+    """A solver as COBYQA is: of all that share the lock, one can be at work."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock = lock
+        self.begun = 0
+
+    def __call__(self, question: Question) -> list[float]:
+        with self.lock:
+            self.begun += 1
+            told: list[float] = []
+            for _ in range(4):
+                told.append(ask_for(question, sum(told)))
+            return told
+
+
+def test_exclusive_solvers_take_turns() -> None:
+    """Whoever goes on closes the other first, which is run again from its answers; nobody asks anything twice."""
+    lock = threading.Lock()
+    bodies = [Locked(lock) for _ in range(3)]
+
+    def work() -> list[Any]:
+        carriers = [carry(body, "exclusive") for body in bodies]
+        outs: list[Any] = [c.advance(None) for c in carriers]
+        asked: list[list[float]] = [[], [], []]
+        for _ in range(4):
+            for i, c in enumerate(carriers):
+                asked[i].append(outs[i].x[0])
+                outs[i] = c.advance(Answer(i + 1.0))
+        assert not any(c.usable() for c in carriers)
+        assert asked == [[0, k, 2 * k, 3 * k] for k in (1.0, 2.0, 3.0)]
+        return [out.value for out in outs]
+
+    assert within(60, work) == [[k] * 4 for k in (1.0, 2.0, 3.0)]
+    assert [body.begun for body in bodies] == [5, 5, 5]
+    assert not lock.locked()
+
+
+def test_an_exclusive_solver_left_in_peace_runs_once() -> None:
+    body = Locked(threading.Lock())
+    assert within(60, lambda: drive(carry(body, "exclusive"), iter([1.0] * 4))) == [1.0] * 4
+    assert body.begun == 1
+
+
+def test_exclusive_solvers_in_two_threads() -> None:
+    lock = threading.Lock()
+
+    def work() -> list[Any]:
+        out: dict[int, Any] = {}
+        threads = [
+            threading.Thread(
+                target=lambda i=i: out.update(
+                    {i: drive(carry(Locked(lock), "exclusive"), iter([float(i)] * 4))}
+                )
+            )
+            for i in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [out[i] for i in range(4)]
+
+    for _ in range(25):
+        assert within(60, work) == [[float(i)] * 4 for i in range(4)]
+    assert not lock.locked()
+
+
+def test_an_abandoned_exclusive_solver_makes_room() -> None:
+    lock = threading.Lock()
+
+    def work() -> Any:
+        carry(Locked(lock), "exclusive").advance(None)  # dropped in the middle, never closed
+        return drive(carry(Locked(lock), "exclusive"), iter([1.0] * 4))
+
+    assert within(60, work) == [1.0] * 4
+
+
+def test_a_failed_exclusive_solver_makes_room() -> None:
+    lock = threading.Lock()
+
+    def failing(question: Question) -> None:
+        with lock:
+            ask_for(question, 0)
+            raise ZeroDivisionError
+
+    def work() -> Any:
+        failed = carry(failing, "exclusive")
+        failed.advance(None)
+        with pytest.raises(ZeroDivisionError):
+            failed.advance(Answer(0.0))
+        assert not failed.usable()
+        return drive(carry(Locked(lock), "exclusive"), iter([1.0] * 4))
+
+    assert within(60, work) == [1.0] * 4
+
+
+def test_an_exclusive_solver_that_is_random_is_found_out() -> None:
+    numbers = iter(range(100))
+
+    def random(question: Question) -> None:
+        ask_for(question, next(numbers))
+        ask_for(question, next(numbers))
+
+    carrier, other = carry(random, "exclusive"), carry(counting, "exclusive")
+    carrier.advance(None)
+    carrier.advance(Answer(0.0))
+    other.advance(None)
+    with pytest.raises(ReplayMismatch, match="question 1 of 2 differs when it is run again in one process"):
+        carrier.advance(Answer(0.0))
+    assert not carrier.usable()
+    carrier.close()
+    other.close()
 
 
 # -- closing -----------------------------------------------------------------------------------------------------

@@ -27,8 +27,11 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/vector.py",
     ),
     2: (
+        "hybridopt/accounts.py",
+        "hybridopt/batch.py",
         "hybridopt/evaluation.py",
         "hybridopt/forms.py",
+        "hybridopt/generation.py",
         "hybridopt/guard.py",
         "hybridopt/objective.py",
         "hybridopt/optimizer.py",
@@ -80,6 +83,7 @@ METHODS = (
 )
 SHARED = (
     "hybridopt/optim/own.py",
+    "hybridopt_scipy/_minimize.py",
     "hybridopt_torch/_closure.py",
     "hybridopt_torch/_inplace.py",
     "hybridopt_torch/_method.py",

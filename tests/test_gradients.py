@@ -509,3 +509,58 @@ def test_a_rejected_point_has_no_slope() -> None:
     d.fun(np.array([0.0]))
     assert d.fun(np.array([2.0])) == math.inf
     assert d.jac(np.array([2.0])).tolist() == [0.0]
+
+
+class Bowl:
+    """Answers what is asked about |x|², as an objective does; a gradient only of the point whose value came last."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Kind, list[float]]] = []
+
+    def __call__(self, request: Request) -> Answer:
+        x = request.x
+        assert x is not None
+        if request.kind is Kind.GRADIENT:
+            assert self.asked[-1] == (Kind.VALUE, x.tolist())
+        self.asked.append((request.kind, x.tolist()))
+        return Answer(gradient=2 * x) if request.kind is Kind.GRADIENT else Answer(float((x**2).sum()))
+
+
+@pytest.mark.parametrize("mode", ["autograd", "auto"])
+def test_a_gradient_asked_before_its_value_costs_no_second_value(mode: Any) -> None:
+    """SciPy's trust-constr does so: it updates its Hessian before it looks at the loss."""
+    question = Bowl()
+    d = Derivative(Ask(question, []), started([1.0, 2.0]), mode)
+    d.fun(np.array([1.0, 2.0]))
+    d.jac(np.array([1.0, 2.0]))
+    del question.asked[:]
+    y, z = np.array([0.5, 0.0]), np.array([0.0, 0.25])
+    assert d.jac(y).tolist() == [1.0, 0.0]
+    assert d.fun(y) == 0.25
+    assert d.jac(z).tolist() == [0.0, 0.5]
+    assert d.fun(z) == 0.0625
+    pairs = [(kind, p) for p in ([0.5, 0.0], [0.0, 0.25]) for kind in (Kind.VALUE, Kind.GRADIENT)]
+    assert question.asked == pairs
+    assert (
+        d.fun(z) == 0.0625
+    )  # asked anew: a solver that wants the value twice gets what the loss says by now
+    assert question.asked == [*pairs, (Kind.VALUE, [0.0, 0.25])]
+    assert d.jac(z).tolist() == [0.0, 0.5]
+
+
+def test_a_value_asked_elsewhere_forgets_the_one_ahead() -> None:
+    question = Bowl()
+    d = Derivative(Ask(question, []), started([1.0]), "autograd")
+    d.jac(np.array([1.0]))
+    assert d.fun(np.array([3.0])) == 9.0
+    assert d.fun(np.array([1.0])) == 1.0
+    assert d.fun(np.array([1.0])) == 1.0
+    assert [x for _, [x] in question.asked] == [1.0, 1.0, 3.0, 1.0, 1.0]
+
+
+def test_points_that_stray_are_brought_inside() -> None:
+    question = Bowl()
+    d = Derivative(Ask(question, []), started([1.0, 2.0], -2.0, 2.0), "autograd")
+    assert d.fun(np.array([1.0, 2.0 + 1e-15])) == 5.0
+    assert d.jac(np.array([1.0, 2.0 + 1e-15])).tolist() == [2.0, 4.0]
+    assert question.asked == [(Kind.VALUE, [1.0, 2.0]), (Kind.GRADIENT, [1.0, 2.0])]

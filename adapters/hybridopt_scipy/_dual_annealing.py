@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridopt.errors import MethodError
-from hybridopt.gradients import Derivative, GradientMode
-from hybridopt.ledger import Reason
+from hybridopt.gradients import Derivative, GradientMode, narrow
 from hybridopt.optimizer import Need
-from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
+from hybridopt_scipy._minimize import Count, Range, Share, check, differentiated, ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -49,62 +47,44 @@ class DualAnnealing(BlockingMethod):
     uses: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT})
     libraries: ClassVar[tuple[str, ...]] = ("scipy",)
 
-    maxiter: int = 1000
-    initial_temp: float = 5230.0
-    restart_temp_ratio: float = 2e-5
-    visit: float = 2.62
-    accept: float = -5.0
+    maxiter: Count = 1000
+    initial_temp: Annotated[float, Range("in (0.01, 5e4]", lambda v: 0.01 < v <= 5e4)] = 5230.0
+    restart_temp_ratio: Share = 2e-5
+    visit: Annotated[float, Range("in (1, 3]", lambda v: 1 < v <= 3)] = 2.62
+    accept: Annotated[float, Range("in (-1e4, -5]", lambda v: -1e4 < v <= -5)] = -5.0
     local_search: bool = True
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self)
-        if not self.maxiter >= 1:
-            raise MethodError(f"{self.name}: expected maxiter >= 1, got {self.maxiter!r}")
-        for option, holds, range_ in (
-            ("initial_temp", 0.01 < self.initial_temp <= 5e4, "in (0.01, 5e4]"),
-            ("restart_temp_ratio", 0 < self.restart_temp_ratio < 1, "in (0, 1)"),
-            ("visit", 1 < self.visit <= 3, "in (1, 3]"),
-            ("accept", -1e4 < self.accept <= -5, "in (-1e4, -5]"),
-        ):
-            if not holds:
-                raise MethodError(f"{self.name}: expected {option} {range_}, got {getattr(self, option)!r}")
+        check(self)
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
         from scipy.optimize import dual_annealing
 
-        options: dict[str, Any] = {}
-        if self.gradients != "none" and self.local_search:
+        options = {**given(self, "local_search", "gradients"), "no_local_search": not self.local_search}
+        if self.local_search and (self.gradients != "none" or narrow(start)):
             options["minimizer_kwargs"] = {"method": _local_search(ask, start, self.gradients)}
-        r = dual_annealing(
-            lambda x: ask.value(start.clip(x)),  # SciPy may step over an upper bound by 1e-10
-            start.pairs(),
-            maxiter=self.maxiter,
-            initial_temp=self.initial_temp,
-            restart_temp_ratio=self.restart_temp_ratio,
-            visit=self.visit,
-            accept=self.accept,
-            maxfun=np.inf,
-            rng=np.random.default_rng(start.seed),
-            no_local_search=not self.local_search,
-            x0=start.x0,
-            **options,
-        )
-        message = "; ".join(map(str, r.message)) if isinstance(r.message, list) else str(r.message)
-        return Ending(Reason.CONVERGED if r.status == 0 else Reason.STALLED, message, float(r.fun), r.x)
+        with quiet():
+            r = dual_annealing(
+                lambda x: ask.value(start.clip(x)),  # SciPy may step over an upper bound by 1e-10
+                start.pairs(),
+                maxfun=np.inf,
+                rng=np.random.default_rng(start.seed),
+                x0=start.x0.copy(),
+                **options,
+            )
+        return ending(start, r.status == 0, r.message, r.fun, r.x)
 
 
 def _local_search(ask: Ask, start: Start, gradients: GradientMode) -> Any:
-    """SciPy's own local search (its limits on iterations included), with gradients through `Derivative`."""
+    """SciPy's own local search (its limits on iterations included), with gradients that fit the weights."""
     from scipy.optimize import minimize
 
-    d = Derivative(ask, start, gradients, finite_start=False)
-    maxiter = min(max(6 * start.n, 100), 1000)  # scipy 1.17 LocalSearchWrapper
+    arguments = differentiated(Derivative(ask, start, gradients, finite_start=False), start)
+    arguments["options"]["maxiter"] = min(max(6 * start.n, 100), 1000)  # scipy 1.17 LocalSearchWrapper
 
     def search(_: Any, x0: npt.NDArray[np.float64], **__: Any) -> Any:
-        return minimize(
-            d.fun, x0, jac=d.jac, method="L-BFGS-B", bounds=start.pairs(), options={"maxiter": maxiter}
-        )
+        return minimize(x0=x0, method="L-BFGS-B", bounds=start.pairs(), **arguments)
 
     return search

@@ -1,0 +1,123 @@
+"""Differential evolution (Storn and Price 1997), `scipy.optimize.differential_evolution`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from hybridopt.errors import MethodError
+from hybridopt.gradients import Derivative, GradientMode
+from hybridopt.optimizer import Need
+from hybridopt.solver import Ask, BlockingMethod, Ending, Start
+from hybridopt_scipy._minimize import (
+    Count,
+    Fraction,
+    NonNegative,
+    check,
+    differentiated,
+    ending,
+    given,
+    quiet,
+)
+
+Strategy = Literal[
+    "best1bin", "best1exp", "rand1bin", "rand1exp", "rand2bin", "rand2exp", "randtobest1bin", "randtobest1exp",
+    "currenttobest1bin", "currenttobest1exp", "best2bin", "best2exp",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DifferentialEvolution(BlockingMethod):
+    """Global search in a box by a population whose members move along each other's differences.
+
+    Robust on rough losses of up to some tens of weights. With `updating="deferred"` a generation is one question
+    (one batched forward where the loss can be batched); "immediate", SciPy's default, asks member by member and often
+    needs fewer of them. With `gradients="none"` on float64 weights it walks SciPy's own path bit for bit
+    (rng=default_rng(seed), x0 = the start).
+
+    Args:
+        strategy: which differences are added to whom, in SciPy's words.
+        maxiter: generations.
+        popsize: members per weight (at least 5 in all).
+        tol, atol: converged when the losses' standard deviation is at most atol + tol × |their mean|.
+        mutation: factor of the differences in [0, 2), or a (low, high) pair to draw it from in every generation.
+        recombination: share of the weights that are changed.
+        polish: whether L-BFGS-B goes on from the best member at the end.
+        init: how the first population is spread.
+        updating: when better members replace their parents: at once, or after the generation.
+        gradients: for the polishing, see `hybridopt.gradients.Derivative`.
+
+    Raises:
+        BoundsError: a weight has no finite bounds.
+
+    Example:
+        >>> import numpy as np, hybridopt
+        >>> from hybridopt_scipy import DifferentialEvolution
+        >>> f = lambda x: float((x**2 - np.cos(9 * x)).sum())
+        >>> r = hybridopt.minimize(f, np.ones(2), DifferentialEvolution(), budget=2000, bounds=(-2, 2), seed=0)
+        >>> round(r.best_loss, 6)
+        -2.0
+    """
+
+    name: ClassVar[str] = "scipy.differential_evolution"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT, Need.POPULATION})
+    libraries: ClassVar[tuple[str, ...]] = ("scipy",)
+    memory_advice: ClassVar[str] = "use a smaller popsize, or select fewer weights (select=...)"
+
+    strategy: Strategy = "best1bin"
+    maxiter: Count = 1000
+    popsize: Count = 15
+    tol: NonNegative = 0.01
+    mutation: float | tuple[float, float] = (0.5, 1)
+    recombination: Fraction = 0.7
+    polish: bool = True
+    init: Literal["latinhypercube", "sobol", "halton", "random"] = "latinhypercube"
+    atol: NonNegative = 0.0
+    updating: Literal["immediate", "deferred"] = "immediate"
+    gradients: GradientMode = "auto"
+
+    def __post_init__(self) -> None:
+        check(self)
+        try:
+            factors = np.array(self.mutation, dtype=np.float64)
+            right = factors.shape in ((), (2,)) and bool(((factors >= 0) & (factors < 2)).all())
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            raise MethodError(
+                f"{self.name}: expected mutation in [0, 2), or a (low, high) pair of such, got {self.mutation!r}"
+            )
+
+    def memory(self, n: int) -> int:
+        """Bytes of the population and copies of it."""
+        return 32 * max(5, self.popsize * n) * n
+
+    def solve(self, ask: Ask, start: Start) -> Ending:
+        """See `BlockingMethod.solve`."""
+        from scipy.optimize import Bounds, differential_evolution, minimize
+
+        deferred = self.updating == "deferred"
+
+        def losses(x: Any) -> Any:  # vectorized: x has shape (n, popsize)
+            return ask.values(start.clip(x.T)) if deferred else ask.value(start.clip(x))
+
+        with quiet():
+            r = differential_evolution(
+                losses,
+                start.pairs(),
+                rng=np.random.default_rng(start.seed),
+                x0=start.x0.copy(),
+                vectorized=deferred,
+                **given(self, "gradients") | {"polish": False},
+            )
+            x, loss = r.x, r.fun
+            if self.polish:  # as SciPy does, but with our gradients
+                arguments = differentiated(Derivative(ask, start, self.gradients, finite_start=False), start)
+                bounds = Bounds(start.lower, start.upper)
+                p = minimize(x0=x.copy(), method="L-BFGS-B", bounds=bounds, **arguments)
+                if p.success and p.fun < loss:
+                    x, loss = p.x, p.fun
+        return ending(start, r.success, r.message, loss, x)
