@@ -125,17 +125,21 @@ class PopulationRun:
         """See `Optimizer.tell`."""
         if answer.stop is not None:
             raise answer.stop
-        x = self.ask().x
-        losses = answer.losses
+        x, losses = self._pending, answer.losses
+        if x is None:
+            x = self.ask().x
         assert x is not None
         assert losses is not None
-        lowest = int(np.argmin(losses))
+        lowest = losses.argmin()
         loss = float(losses[lowest])
         if loss < self._best.loss:
             self._best = Incumbent(loss, x[lowest].copy())
         if math.isfinite(loss):
             with np.errstate(all="ignore"):  # +inf told for a rejected point: inf - inf
-                self._ending = self.strategy.tell(x, losses, self._rng)
+                ending = self.strategy.tell(x, losses, self._rng)
+            if ending is not None and self._best.x is not None and not ending.loss <= self._best.loss:
+                ending = ending._replace(loss=self._best.loss, x=self._best.x)
+            self._ending = ending
         self._pending = None
         if self._ending is None:
             return Step(loss, self.name)

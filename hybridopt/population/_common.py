@@ -1,0 +1,113 @@
+"""Small pieces that several population methods need: checks of options, first points, ranks, signs of the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hybridopt.errors import MethodError
+from hybridopt.ledger import Reason
+from hybridopt.population._base import FloatArray
+from hybridopt.start import Ending, Start
+
+
+def require_at_least(method: Any, **lowest: float) -> None:
+    """Raise `MethodError` if an option (None is left alone) is below its lowest value."""
+    for option, low in lowest.items():
+        value = getattr(method, option)
+        if value is not None and not value >= low:
+            raise MethodError(f"{method.name}: expected {option} >= {low}, got {value!r}")
+
+
+def require_positive(method: Any, *options: str) -> None:
+    """Raise `MethodError` if an option (None is left alone) is not a positive finite number."""
+    for option in options:
+        value = getattr(method, option)
+        if value is not None and not 0 < value < np.inf:
+            raise MethodError(f"{method.name}: expected a positive finite {option}, got {value!r}")
+
+
+def spread(start: Start, sigma: float | None) -> FloatArray:
+    """Initial standard deviation of each weight, shape (n,), in solver coordinates.
+
+    `sigma` where it is given, else what a predecessor handed over, else 0.3 × the range of a bounded weight and 0.5 for
+    an unbounded one.
+    """
+    given = start.sigma if sigma is None else sigma
+    if given is not None:
+        return np.full(start.n, float(given))
+    width = start.upper - start.lower
+    return np.where(np.isfinite(width), 0.3 * width, 0.5)
+
+
+def first_points(start: Start, popsize: int, rng: np.random.Generator) -> FloatArray:
+    """A first population, shape (popsize, n): the start, then points drawn uniformly from the box.
+
+    Where a predecessor handed a spread over they are normal about the start, mirrored at the bounds.
+    """
+    if start.sigma is None:
+        x = start.lower + rng.random((popsize, start.n)) * (start.upper - start.lower)
+    else:
+        x = start.x0 + start.sigma * rng.standard_normal((popsize, start.n))
+        x = mirror(start, x)
+    x[0] = start.x0
+    return start.clip(x)
+
+
+def mirror(start: Start, x: FloatArray) -> FloatArray:
+    """Points outside the bounds reflected at them, as often as it takes, shape (..., n)."""
+    if not start.bounded:
+        return x
+    lower, upper = start.lower, start.upper
+    low, high = np.isfinite(lower), np.isfinite(upper)
+    with np.errstate(invalid="ignore"):
+        width = upper - lower
+        folded = width - np.abs(np.mod(x - lower, 2 * width) - width)  # a triangle wave
+        x = np.where(low & high, lower + folded, x)
+        x = np.where(low & ~high, lower + np.abs(x - lower), x)
+        x = np.where(high & ~low, upper - np.abs(upper - x), x)
+    return start.clip(x)
+
+
+def share_by_rank(losses: FloatArray, table: FloatArray) -> FloatArray:
+    """`table[k]` for the k-th lowest loss, shape (popsize,); equal losses share the mean of theirs.
+
+    So rejected points (+inf) all count alike, and a flat generation teaches nothing if the table's sum is 0.
+    """
+    values, inverse = np.unique(losses, return_inverse=True)
+    order = np.argsort(losses, kind="stable")
+    summed = np.bincount(inverse[order], weights=table, minlength=len(values))
+    shared: FloatArray = (summed / np.bincount(inverse))[inverse]
+    return shared
+
+
+def weighted_moments(
+    x: FloatArray, mu: FloatArray, sigma: FloatArray, weights: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Sums of `w z` and of `w z²` over the rows of `x`, z = (x - mu) / sigma: each of shape (n,).
+
+    Row by row, so that no temporary is larger than n. The noise is taken from the points, not kept: a point that was
+    clipped to the bounds counts with the noise it really had.
+    """
+    first, second, z, weighted = (np.zeros_like(mu) for _ in range(4))
+    for row, weight in zip(x, weights, strict=True):
+        np.subtract(row, mu, out=z)
+        z /= sigma
+        np.multiply(z, weight, out=weighted)
+        first += weighted
+        weighted *= z
+        second += weighted
+    return first, second
+
+
+def agree(losses: FloatArray, tolfun: float) -> bool:
+    """Whether losses differ, but by no more than `tolfun` × max(1, |lowest|; all equal is a plateau."""
+    lowest = float(losses.min())
+    return 0 < float(losses.max()) - lowest <= tolfun * max(1.0, abs(lowest))
+
+
+def end(reason: Reason, message: str, x: FloatArray, losses: FloatArray) -> Ending:
+    """An `Ending` at the best of some points."""
+    lowest = int(np.argmin(losses))
+    return Ending(reason, message, float(losses[lowest]), x[lowest].copy())

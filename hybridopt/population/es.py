@@ -1,0 +1,265 @@
+"""Evolution strategies that estimate a gradient for any gradient optimizer: OpenAI-ES and PGPE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from hybridopt.errors import MethodError
+from hybridopt.ledger import Reason
+from hybridopt.optimizer import Answer, Method
+from hybridopt.options import check_options
+from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
+from hybridopt.population._common import (
+    end,
+    require_at_least,
+    require_positive,
+    share_by_rank,
+    spread,
+    weighted_moments,
+)
+from hybridopt.start import Ending, Start
+from hybridopt.text import method as read_method
+from hybridopt.vector import ParameterVector
+
+
+def centered_ranks(popsize: int) -> FloatArray:
+    """Weights from -1/2 for the lowest loss to 1/2 for the highest, shape (popsize,), sum 0."""
+    return np.linspace(-0.5, 0.5, popsize)
+
+
+@runtime_checkable
+class _Updates(Protocol):
+    """A method that works in place, by a torch optimizer."""
+
+    @property
+    def closure(self) -> bool:
+        """Whether its step asks for several evaluations."""
+
+
+@dataclass(frozen=True)
+class _ES(PopulationMethod):
+    """Options and checks that both share."""
+
+    optimizer: str | Method | type = "adam(lr=0.05)"
+    sigma: float | None = None
+    popsize: int | None = None
+    patience: int = 100
+
+    def __post_init__(self) -> None:
+        given = read_method(self.optimizer)
+        if not isinstance(given, _Updates) or given.closure:
+            raise MethodError(
+                f"{self.name}: expected one torch optimizer whose step takes one gradient, e.g. 'adam(lr=0.05)', "
+                f"got {str(given)!r}"
+            )
+        object.__setattr__(self, "optimizer", str(given))
+        check_options(self)
+        require_positive(self, "sigma")
+        require_at_least(self, popsize=2, patience=1)
+        if self.popsize is not None and self.popsize % 2:
+            raise MethodError(f"{self.name}: expected an even popsize (mirrored pairs), got {self.popsize!r}")
+
+    def pairs(self, n: int) -> int:
+        """Mirrored pairs a generation."""
+        return 2 + int(1.5 * math.log(n)) if self.popsize is None else self.popsize // 2
+
+    def memory(self, n: int) -> int:
+        """Bytes of one generation, center, spread, an optimizer with two moments, and work copies."""
+        return 8 * n * (2 * self.pairs(n) + 9)
+
+
+@dataclass(frozen=True)
+class OpenAIES(_ES):
+    """Estimates the gradient of the smoothed loss from mirrored pairs and gives it to a gradient optimizer.
+
+    For many weights (thousands to millions) whose loss has no useful gradient: steps, noise, simulators. The loss is
+    seen through a normal blur of fixed width `sigma`; for the last digits chain a method that adapts its spread
+    (`SNES`, `PGPE`), which this one does not. One step is one generation: all its points can be evaluated at once.
+
+    Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning", 2017, Algorithm 1,
+    with mirrored pairs and centered ranks in place of losses (its section 2.1), so that only the order of losses
+    counts. We differ: equal losses share their ranks; the start is evaluated in the first generation, beside it; a
+    point outside the bounds is clipped and counts with the noise it then has. Weight decay is the optimizer's.
+
+    Args:
+        optimizer: a gradient method in text (`"adam(lr=0.05)"`, `"sgd(lr=0.1, momentum=0.9)"`), a method, or a
+            `torch.optim.Optimizer` class; it updates the center, in float64 and in solver coordinates. A tenth of
+            `sigma` is a good step for Adam and its like.
+        sigma: standard deviation in solver coordinates; None = handed over, or 0.3 × the range of each bounded
+            weight, 0.5 for unbounded ones.
+        popsize: points a generation, even; None = 4 + 2 ⌊1.5 ln n⌋.
+        patience: stalled after this many generations in a row whose losses were all equal.
+
+    Raises:
+        MethodError: the optimizer is none of torch, needs a closure (LBFGS), or has limits of its own; another
+            option is of the wrong type or sign.
+
+    Example:
+        >>> import numpy as np, hybridopt
+        >>> from hybridopt.population import OpenAIES
+        >>> f = lambda x: float(((x - 1) ** 2).sum())
+        >>> r = hybridopt.minimize(f, np.zeros(3), OpenAIES(sigma=0.1), budget=1500, seed=1)
+        >>> r.best_loss < 1e-2
+        True
+    """
+
+    name: ClassVar[str] = "openai_es"
+
+    def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
+        """See `PopulationMethod.begin`."""
+        return _OpenAI(not math.isfinite(start.loss), 0, spread(start, self.sigma)).serve(self, start)
+
+
+@dataclass(frozen=True)
+class PGPE(_ES):
+    """Like `OpenAIES`, but learns a standard deviation for each weight as well.
+
+    For the same problems where the right width of the blur is unknown, differs between weights, or should shrink in
+    the end. `SNES` learns the same distribution by natural gradients and has no optimizer to tune; take this one to
+    profit from momentum and learning-rate rules.
+
+    Sehnke et al., "Parameter-exploring Policy Gradients", Neural Networks 23, 2010, with symmetric sampling: the
+    center's gradient is that of the ranks times sigma² (as the paper chooses its step size), so that steps of SGD
+    shrink with sigma. We differ: centered ranks in place of rewards and their baseline; a generation changes a
+    standard deviation by at most a fifth; and as in `OpenAIES`.
+
+    Args:
+        optimizer: see `OpenAIES`.
+        sigma: initial standard deviation in solver coordinates; None = handed over, or 0.3 × the range of each
+            bounded weight, 0.5 for unbounded ones.
+        popsize: points a generation, even; None = 4 + 2 ⌊1.5 ln n⌋.
+        lr_sigma: learning rate of the standard deviations, as a fraction of themselves.
+        tolx: converged when the largest standard deviation is down to this, in solver coordinates.
+        patience: stalled after this many generations in a row whose losses were all equal.
+
+    Raises:
+        MethodError: see `OpenAIES`.
+
+    Example:
+        >>> import numpy as np, hybridopt
+        >>> from hybridopt.population import PGPE
+        >>> f = lambda x: float(((x - 1) ** 2).sum())
+        >>> r = hybridopt.minimize(f, np.zeros(3), PGPE("sgd(lr=5.0)", lr_sigma=0.5), budget=1500, seed=1)
+        >>> r.best_loss < 1e-4
+        True
+    """
+
+    name: ClassVar[str] = "pgpe"
+
+    lr_sigma: float = 0.1
+    tolx: float = 1e-11
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "lr_sigma")
+        require_at_least(self, tolx=0)
+
+    def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
+        """See `PopulationMethod.begin`."""
+        return _PGPE(not math.isfinite(start.loss), 0, spread(start, self.sigma)).serve(self, start)
+
+
+@dataclass
+class _OpenAI(Strategy):
+    """The fields, and the optimizer's own state beside them: its weights are the center."""
+
+    fresh: bool
+    """The start is still to be evaluated, beside the first generation."""
+    idle: int
+    """Generations in a row whose losses were all equal."""
+    sigma: FloatArray
+    """Standard deviation of each weight, shape (n,)."""
+
+    def serve(self, method: _ES, start: Start) -> Strategy:
+        """Take options and start, and begin the optimizer on a tensor of its own."""
+        self.method, self.start = method, start
+        self.center = torch.tensor(start.x0)
+        bounds = np.stack([start.lower, start.upper], axis=1)
+        self.optimizer = read_method(method.optimizer).start(
+            ParameterVector(self.center, bounds=bounds), start.seed
+        )
+        return self
+
+    @property
+    def mu(self) -> FloatArray:
+        """The center, shape (n,): the tensor's own memory."""
+        center: FloatArray = self.center.numpy()
+        return center
+
+    def ask(self, rng: np.random.Generator) -> FloatArray:
+        """All mu + sigma z, then all mu - sigma z; before the first of them the start, unless its loss is known."""
+        n, pairs = self.start.n, self.method.pairs(self.start.n)
+        x = np.empty((2 * pairs + self.fresh, n))
+        if self.fresh:
+            x[0] = self.start.x0
+        plus, minus = x[self.fresh : self.fresh + pairs], x[self.fresh + pairs :]
+        rng.standard_normal(out=plus)
+        plus *= self.sigma
+        np.subtract(self.mu, plus, out=minus)
+        plus += self.mu
+        return self.start.clip(x)
+
+    def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
+        """One step of the optimizer, and see whether the end has come."""
+        drawn, told = x[self.fresh :], losses[self.fresh :]
+        self.fresh = False
+        weights = share_by_rank(told, centered_ranks(len(told))) / len(told)
+        first, second = weighted_moments(drawn, self.mu, self.sigma, weights)
+        self.center.grad = torch.from_numpy(self.gradient(first))
+        self.optimizer.tell(Answer(float(told.min())))
+        self.adapt(second)
+        self.idle = self.idle + 1 if told.min() == told.max() else 0
+        if self.idle >= self.method.patience:
+            return end(
+                Reason.STALLED, f"all losses of {self.idle} generations in a row were equal", x, losses
+            )
+        if self.settled():
+            return end(Reason.CONVERGED, "the largest standard deviation is down to tolx", x, losses)
+        return None
+
+    def gradient(self, first: FloatArray) -> FloatArray:
+        """The center's gradient from the mean of `w z`: of the loss blurred by sigma (section 2)."""
+        return first / self.sigma
+
+    def adapt(self, second: FloatArray) -> None:
+        """Learn from the mean of `w z²`: nothing here."""
+
+    def settled(self) -> bool:
+        """Whether sigma has become as small as was asked for."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields, and the optimizer with the center as its weights."""
+        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take both over."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@dataclass
+class _PGPE(_OpenAI):
+    """A center's gradient in the paper's scale, and standard deviations that are learnt."""
+
+    def gradient(self, first: FloatArray) -> FloatArray:
+        """The mean of `w epsilon`, epsilon = sigma z."""
+        return first * self.sigma
+
+    def adapt(self, second: FloatArray) -> None:
+        """The mean of `w (z² - 1)`, w summing to 0: wider where wide points were better."""
+        method = self.method
+        assert isinstance(method, PGPE)
+        self.sigma = self.sigma * (1 - np.clip(method.lr_sigma * second, -0.2, 0.2))
+
+    def settled(self) -> bool:
+        """See `_OpenAI.settled`."""
+        method = self.method
+        assert isinstance(method, PGPE)
+        return float(self.sigma.max()) <= method.tolx
