@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridopt.errors import MissingGradient
+from hybridopt.errors import BoundsError, MissingGradient
 from hybridopt.forms import Form, Loss, as_number
 from hybridopt.guard import ModelGuard
+from hybridopt.point import Point
 from hybridopt.randomness import Randomness
 from hybridopt.vector import FloatArray, ParameterVector
 
@@ -29,7 +31,7 @@ class Kept(NamedTuple):
 
 
 class Evaluation:
-    """Calls the loss and autograd, lends the random generators meanwhile, and puts the buffers back.
+    """Brings the weights to a point, calls the loss and autograd there, lends generators, puts buffers back.
 
     Args:
         vector: the weights.
@@ -37,6 +39,7 @@ class Evaluation:
         surrogate: what gradients are taken of instead; None = the loss.
         randomness: lent to every call.
         guard: clears gradients, settles buffers.
+        keep: which point counts as the best, see `Objective`.
     """
 
     def __init__(
@@ -46,16 +49,98 @@ class Evaluation:
         surrogate: Loss | None,
         randomness: Randomness,
         guard: ModelGuard,
+        keep: Literal["auto", "best", "last"],
     ) -> None:
         self.vector = vector
         self.loss = loss
         self.surrogate = surrogate
         self.randomness = randomness
         self.guard = guard
+        self.keep = keep
         self.aux: Any = None
         self.closure_backward: bool | None = None if loss.form is Form.CLOSURE else False
         """Whether the loss is a closure that calls `backward()` itself; None before its first call."""
-        self._differentiates = False
+        self.differentiates = False
+        """Whether the loss was seen to need grad mode for its value."""
+        self.x: FloatArray | None = None
+        """Weights (flat) of the point being answered; None = where an in-place method keeps them."""
+        self.kept: Kept | None = None
+        """What a gradient question about the last value can use."""
+        self._epoch = -1  # state of the weights when they were brought to `x`
+
+    # -- where the weights stand --------------------------------------------------------------------------------
+
+    def move(self, z: FloatArray | None) -> None:
+        """Bring the weights to a point in solver coordinates; None leaves them where they are.
+
+        Raises:
+            BoundsError: it lies outside the bounds.
+        """
+        self.kept = None
+        if z is None:
+            self.x = None
+            return
+        self.x = self.decoded(z)
+        self.vector.write(self.x)
+        self._epoch = self.vector.epoch
+
+    def decoded(self, z: FloatArray) -> FloatArray:
+        """The weights, shape (..., n), that solver coordinates stand for: a new array, inside the bounds."""
+        x = np.array(self.vector.decode(z))
+        if self.vector.outside(x):
+            row = tuple(np.argwhere((x < self.vector.lower) | (x > self.vector.upper))[0])
+            low, high = (float(side[row[-1]]) for side in (self.vector.lower, self.vector.upper))
+            raise BoundsError(
+                f"the method asked for a point outside the bounds: weight {row[-1]} at {float(x[row])}, expected "
+                f"within ({low}, {high}); this is a fault of the method"
+            )
+        return x
+
+    def imagine(self, x: FloatArray) -> None:
+        """Let `x` be the point being answered although the weights stand elsewhere (a member of a batch)."""
+        self.x, self.kept, self._epoch = x, None, -1
+
+    def stands_at(self, z: FloatArray | None) -> bool:
+        """Whether the weights are where the last question put them, and that is `z`."""
+        if self.x is None or z is None or self._epoch != self.vector.epoch:
+            return False
+        return np.array_equal(self.vector.decode(z), self.x)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the loss was seen to draw random numbers (in its first evaluation)."""
+        return bool(self.randomness.used) and self.randomness.policy != "fixed"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the lowest loss evaluated counts as the best point (else the point where the method stands)."""
+        return self.keep == "best" or (self.keep == "auto" and not self.stochastic)
+
+    def copy_point(self, into: Point | None) -> Point | None:
+        """The point being answered (for a ledger that found it to be its best), if the best is kept."""
+        if not self.keeps_best:
+            return None
+        buffers = self.guard.base_buffers()
+        if self.x is not None:
+            return Point(self.x.copy(), None, buffers)
+        if into is not None and into.tensors is not None:
+            self.vector.copy_to(into.tensors)
+            return Point(None, into.tensors, buffers)
+        return Point(None, self.vector.snapshot(), buffers)
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """An evaluation that raises has not happened: the same question draws the same numbers again."""
+        point = self.randomness.savepoint()
+        try:
+            yield
+        except BaseException:
+            self.randomness.rollback(point)
+            self.guard.settle_buffers(False)
+            self.kept = None
+            raise
+
+    # -- forward and backward -----------------------------------------------------------------------------------
 
     def value(
         self, fresh: bool, with_graph: bool, commit: bool, again: bool = False
@@ -74,7 +159,7 @@ class Evaluation:
         closure = self.closure_backward is not False
         if closure:
             self.guard.clear_gradients()
-        graph = with_graph or closure or self._differentiates
+        graph = with_graph or closure or self.differentiates
         lent = graph and not commit
         if lent:
             self.guard.lend_buffers()
@@ -87,14 +172,14 @@ class Evaluation:
             # a loss that differentiates inside (a differential equation's residual) needs grad mode always
             if graph or "does not require grad" not in str(error):
                 raise
-            self._differentiates = True
+            self.differentiates = True
         finally:
             self.randomness.end()
             if lent:
                 self.guard.return_buffers()
             elif not commit:
                 self.guard.settle_buffers(False)
-        if self._differentiates and not graph:
+        if self.differentiates and not graph:
             return self.value(False, with_graph, commit, again=True)
         if closure:
             grads = [t.grad for t in self.vector.tensors]
@@ -130,6 +215,16 @@ class Evaluation:
         self.guard.clear_gradients()
         torch.autograd.backward(kept.graph, inputs=list(self.vector.tensors))
         return [t.grad for t in self.vector.tensors]
+
+    def backwards(self, gradient: bool, before: bool = False) -> int:
+        """Backward passes of one evaluation: a closure's own serves as its gradient's unless a surrogate is asked.
+
+        Args:
+            gradient: whether one is wanted.
+            before: whether the most that it may come to is asked (a closure not yet called may call `backward`).
+        """
+        own = int(self.closure_backward is not False) if before else int(self.closure_backward is True)
+        return own + int(gradient) if self.surrogate is not None else max(own, int(gradient))
 
     def deliver(self, grads: Sequence[Tensor | None], in_place: bool) -> tuple[FloatArray | None, bool]:
         """Put gradients into `.grad` (`in_place`), or return them flat in solver coordinates; and whether finite."""

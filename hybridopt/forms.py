@@ -35,16 +35,33 @@ class Loss(NamedTuple):
     """The loss at other weights (`ParameterVector.unflatten`), without touching the model; None for closures."""
 
 
-class _LossModule(nn.Module):
-    """A module whose forward is `loss(model)`, so that `functional_call` can replace the model's weights."""
+def _with_weights(loss: Callable[[nn.Module], Any], vector: ParameterVector) -> Callable[..., Any]:
+    """`loss(model)` at other weights, which stand in the model's slots for the length of the call.
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Any]) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = [loss]  # in a list, so that a loss which is itself a module does not become a submodule
+    Does what `torch.func.functional_call` does, in a third of the time: which slots (several for a tied weight)
+    hold which weight is found once.
+    """
+    model = vector.module
+    assert model is not None
+    names = {id(tensor): name for name, tensor in zip(vector.names, vector.tensors, strict=True)}
+    slots: list[tuple[dict[str, Any], str, str]] = [
+        (module._parameters, key, names[id(parameter)])
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if id(parameter) in names
+    ]
 
-    def forward(self) -> Any:
-        return self._loss[0](self.model)
+    def functional(weights: Mapping[str, Tensor]) -> Any:
+        own = [parameters[key] for parameters, key, _ in slots]
+        try:
+            for parameters, key, name in slots:
+                parameters[key] = weights[name]
+            return loss(model)
+        finally:
+            for (parameters, key, _), parameter in zip(slots, own, strict=True):
+                parameters[key] = parameter
+
+    return functional
 
 
 def as_vector(target: Any, select: Any = None, bounds: Any = None, scale: Any = None) -> ParameterVector:
@@ -88,12 +105,7 @@ def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
     if not _takes_argument(loss):
         return Loss(Form.CLOSURE, loss, None)
     if isinstance(source, nn.Module):
-        wrapper = _LossModule(source, loss)
-
-        def functional(weights: Mapping[str, Tensor]) -> Any:
-            return torch.func.functional_call(wrapper, {f"model.{k}": v for k, v in weights.items()}, ())
-
-        return Loss(Form.MODULE, lambda: loss(source), functional)
+        return Loss(Form.MODULE, lambda: loss(source), _with_weights(loss, vector))
     if isinstance(source, Tensor):
         return Loss(Form.TENSOR, lambda: loss(source), lambda weights: loss(next(iter(weights.values()))))
     if isinstance(source, np.ndarray):
@@ -135,6 +147,25 @@ def _takes_argument(loss: Callable[..., Any]) -> bool:
             "Bind the rest, e.g. with functools.partial or a lambda"
         )
     return bool(by_position) or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def as_scalar(value: Any) -> Tensor:
+    """The loss as a tensor without dimensions, under `torch.func` transforms too (`as_number` makes a float).
+
+    Raises:
+        ObjectiveError: it is no tensor, or not one real number.
+    """
+    if isinstance(value, tuple) and len(value) == 2:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise ObjectiveError(
+            f"the loss returned a {type(value).__name__}, which holds one number, not one each"
+        )
+    if value.numel() != 1 or value.is_complex():
+        raise ObjectiveError(
+            f"the loss returned a tensor of shape {tuple(value.shape)} and {value.dtype}, not one real number"
+        )
+    return value.reshape(())
 
 
 def as_number(value: Any) -> tuple[float, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridopt.errors import HybridoptError, ObjectiveError
-from hybridopt.forms import Form, as_number, as_vector, bind_loss
+from hybridopt.forms import Form, as_number, as_scalar, as_vector, bind_loss
 from hybridopt.vector import ParameterVector
 
 
@@ -228,3 +228,49 @@ def test_options_of_a_vector_are_given_once() -> None:
     for option in ({"select": "x"}, {"bounds": (-2, 2)}, {"scale": 2}):
         with pytest.raises(ObjectiveError, match="belong to the ParameterVector"):
             as_vector(vector, **option)
+
+
+def test_the_models_own_weights_are_back_after_a_call_at_other_ones() -> None:
+    model = torch.nn.LSTM(2, 2)  # which keeps its weights in a list of its own, too
+    own = list(model.parameters())
+    vector = as_vector(model)
+    seen: list[Any] = []
+
+    def loss(m: nn.Module) -> Tensor:
+        seen.append(list(m.parameters()))
+        if len(seen) == 3:
+            raise ValueError("from the loss")
+        out: Tensor = m(torch.ones(1, 2))[0].sum()
+        return out
+
+    bound = bind_loss(loss, vector)
+    assert bound.functional is not None
+    here = as_number(bound.call())[0]
+    other = vector.unflatten(torch.zeros(vector.n))
+    assert as_number(bound.functional(other))[0] == 0
+    assert all(a is b for a, b in zip(seen[1], other.values(), strict=True))
+    with pytest.raises(ValueError, match="from the loss"):
+        bound.functional(other)
+    assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
+    assert as_number(bound.call())[0] == here != 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, "returned a float"),
+        (np.ones(1), "returned a ndarray"),
+        (torch.ones(2), r"a tensor of shape \(2,\) and torch.float32"),
+        (torch.ones(1, dtype=torch.complex64), r"torch.complex64, not one real number"),
+        ((1.0, "aux"), "returned a float"),
+    ],
+)
+def test_what_is_no_scalar_tensor(value: Any, message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        as_scalar(value)
+
+
+def test_a_loss_as_a_tensor_without_dimensions() -> None:
+    for value in (torch.tensor(3.0), torch.tensor([[3.0]]), (torch.tensor([3.0]), "aux")):
+        assert as_scalar(value).shape == ()
+        assert as_scalar(value).item() == 3

@@ -142,9 +142,10 @@ SMOOTH = [name for name in FORMS if name != "array"]
 
 
 def made(form: str, budget: Any = None, **rest: Any) -> tuple[Objective, Meter]:
+    """The meter counts calls, so populations are looped over."""
     meter = Meter()
     loss, target = FORMS[form](meter)
-    return Objective(loss, target, budget, **rest), meter
+    return Objective(loss, target, budget, batch="loop", **rest), meter
 
 
 X = [3.0, 4.0, 5.0]
@@ -400,7 +401,8 @@ def test_a_population_is_cut_at_the_budget_and_goes_on_exactly(
         return noisy(x)
 
     def new(limits: Any) -> Objective:
-        return Objective(loss, torch.zeros(2, dtype=torch.float64), limits, seed=3, noise=noise)
+        start = torch.zeros(2, dtype=torch.float64)
+        return Objective(loss, start, limits, seed=3, noise=noise, batch="loop")
 
     with new(None) as whole:
         whole.answer(at(Kind.VALUE, [1, 1]))
@@ -435,8 +437,9 @@ def test_a_population_is_cut_at_the_budget_and_goes_on_exactly(
     assert again.losses.tolist() == after.losses.tolist(), "the numbers drawn afterwards are the same too"
     assert objective.ledger.best_loss == best
     got = saved(objective)
-    for key in ("best", "partial", "buffers"):
+    for key in ("best", "buffers"):
         torch.testing.assert_close(got[key], state[key], rtol=0, atol=0)
+    assert got["generations"]["begun"] is None
     objective.close()
 
 
@@ -478,7 +481,7 @@ def test_seconds_are_looked_at_before_each_evaluation() -> None:
         now[0] += 1
         return x.sum()
 
-    objective = Objective(slow, torch.ones(2), {"seconds": 2.5})
+    objective = Objective(slow, torch.ones(2), {"seconds": 2.5}, batch="loop")
     objective.ledger._clock = lambda: now[0]
     with objective, pytest.raises(Stop) as stop:
         objective.answer(at(Kind.POPULATION, np.zeros((9, 2))))
@@ -1341,6 +1344,10 @@ def test_a_state_of_other_weights_is_refused() -> None:
         ({"nonfinite": "ignore"}, r"nonfinite: expected one of 'reject', 'raise', got 'ignore'"),
         ({"keep": "first"}, r"keep: expected one of 'auto', 'best', 'last', got 'first'"),
         ({"noise": "none"}, r"noise: expected one of 'shared', 'independent', 'fixed', got 'none'"),
+        (
+            {"batch": "fast"},
+            r"batch: expected 'auto', 'vmap', 'loop' or a number of rows per forward, got 'fast'",
+        ),
         ({"backward_cost": 0}, r"backward_cost: expected a number > 0, got 0"),
         ({"backward_cost": math.nan}, r"backward_cost: expected a number > 0, got nan"),
         ({"backward_cost": math.inf}, r"backward_cost: expected a number > 0, got inf"),

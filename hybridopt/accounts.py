@@ -1,0 +1,111 @@
+"""What an evaluation may cost, what it did cost, and what becomes of a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from hybridopt.errors import NonFiniteLoss, Stop
+from hybridopt.ledger import Ledger, Reason, Shadow
+
+NONFINITE_PATIENCE = 30  # questions in a row without a finite loss before a run or stage ends
+
+
+class Listener(Protocol):
+    """Told of every evaluation (a `Tracker`)."""
+
+    def evaluated(self, ledger: Ledger, scopes: Sequence[Ledger], loss: float, probe: bool) -> None:
+        """One loss was computed; `ledger` is the run's, `scopes` those of its stages, outermost first.
+
+        The weights need not stand at its point: the members of a batch are told one after the other, too.
+        """
+
+
+class Accounts:
+    """Checks the limits of all ledgers before an evaluation, books it in all of them after, and tells listeners.
+
+    Args:
+        ledger: of the run; those of its stages come with each call.
+        nonfinite: as in `Objective`.
+        source: where a ledger copies its best point from.
+    """
+
+    def __init__(self, ledger: Ledger, nonfinite: Literal["reject", "raise"], source: Shadow) -> None:
+        self.ledger = ledger
+        self.nonfinite = nonfinite
+        self.source = source
+        self.listeners: list[Listener] = []
+        self.warned = False
+        """Whether the user was told of a loss that is not finite."""
+
+    def check(self, ledgers: Sequence[Ledger], evaluations: int, forward: int, backward: int) -> None:
+        """Raise `Stop` if a limit of any ledger forbids this much more."""
+        for ledger in ledgers:
+            ledger.check(evaluations, forward, backward)
+        for ledger in reversed(ledgers):
+            if ledger.nonfinite_in_a_row >= NONFINITE_PATIENCE:
+                raise Stop(ledger, Reason.NON_FINITE)
+
+    def fitting(self, ledgers: Sequence[Ledger], rows: int) -> int:
+        """How many of `rows` evaluations by value no limit forbids; `Stop` if not even one."""
+        self.check(ledgers, 1, 1, 0)
+        for fit in range(rows, 1, -1):
+            try:
+                self.check(ledgers, fit, fit, 0)
+            except Stop:
+                continue
+            return fit
+        return 1
+
+    def book(self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool) -> None:
+        """Count one evaluation with its loss, in all ledgers."""
+        for ledger in ledgers:
+            ledger.forward += forward
+            ledger.backward += backward
+            ledger.book(value, probe, self.source)
+        for listener in self.listeners:
+            listener.evaluated(self.ledger, ledgers[1:], value, probe)
+
+    def reject(self, value: float, start: bool, what: str = "loss") -> None:
+        """Say that the evaluation just booked was not finite: once as a warning, or as an error where asked.
+
+        Args:
+            value: the loss (nan for a gradient).
+            start: whether a method that needs gradients begins here.
+            what: loss or gradient.
+
+        Raises:
+            NonFiniteLoss: under `nonfinite="raise"`, or at such a start.
+        """
+        where = f"evaluation {self.ledger.evaluations}"
+        if start:
+            raise NonFiniteLoss(
+                f"loss: expected a finite loss and gradient at the start point, got {value}; a method that needs "
+                "gradients cannot begin here: change the initial weights, or put a gradient-free method before it"
+            )
+        if self.nonfinite == "raise":
+            raise NonFiniteLoss(f'{what}: got {value} at {where} (nonfinite="raise")')
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{what} {value} at {where}: rejected (told to the method as +inf, never the best); later ones are "
+                "counted without a warning",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def book_member(
+        self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool
+    ) -> float:
+        """Book one member of a population, whose generation counts once for the patience; what is told of it."""
+        if math.isfinite(value):
+            self.book(ledgers, value, forward, backward, probe)
+            return value
+        before = [ledger.nonfinite_in_a_row for ledger in ledgers]
+        self.book(ledgers, value, forward, backward, probe)
+        for ledger, in_a_row in zip(ledgers, before, strict=True):
+            ledger.nonfinite_in_a_row = in_a_row
+        self.reject(value, False)
+        return math.inf

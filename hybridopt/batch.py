@@ -1,0 +1,319 @@
+"""Many points in one forward: `torch.func.vmap` over the weights, where that is right; and the record of it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to see every operation
+from torch.utils._pytree import tree_leaves
+
+from hybridopt.errors import ObjectiveError, StateError
+from hybridopt.evaluation import Evaluation
+from hybridopt.forms import Form, Loss, as_scalar
+from hybridopt.vector import FloatArray, ParameterVector
+
+Choice: TypeAlias = Literal["auto", "vmap", "loop"] | int
+
+ALLOWANCE = {"cpu": 2**28, "cuda": 2**31}  # bytes that the operations of one forward may produce
+ULPS = 256  # by which a batched loss may differ from the looped one, in units of the weights' precision
+
+
+class Batch:
+    """Evaluates many points in one forward, once that was checked against one at a time.
+
+    The way (`"open"` until the check, then `"vmap"` or `"loop"`), the rows of a forward and the reason are plain
+    data and part of the objective's state: batched and looped losses differ in the last bit, and so do those of
+    batches of different sizes, so a resumed run goes the way that the saved one went.
+
+    Args:
+        evaluation: of the loss.
+        choice: `batch` of `Objective`.
+        gradients: whether gradients are computed beside the losses.
+
+    Raises:
+        ObjectiveError: `choice` is none, or it is `"vmap"` and this loss can never be batched.
+    """
+
+    def __init__(self, evaluation: Evaluation, choice: Choice, gradients: bool = False) -> None:
+        whole = isinstance(choice, int) and not isinstance(choice, bool) and choice > 0
+        if not whole and choice not in ("auto", "vmap", "loop"):
+            raise ObjectiveError(
+                f"batch: expected 'auto', 'vmap', 'loop' or a number of rows per forward, got {choice!r}"
+            )
+        self._evaluation = evaluation
+        self._gradients = gradients
+        self.choice = choice
+        self.way: Literal["open", "vmap", "loop"] = "open"
+        self.rows = 0
+        """How many points one forward takes; 0 before the check."""
+        self.reason = ""
+        """Why points are evaluated one by one."""
+        self.wanted = False
+        """Whether a population was asked for that is worth a batch."""
+        self._shrunk: list[str] = []
+        function = _of_weights(evaluation.loss, evaluation.vector.names)
+        if gradients:
+            everything = tuple(range(len(evaluation.vector.names)))
+            function = torch.func.grad_and_value(function, argnums=everything)
+        self._batched = {noise: torch.func.vmap(function, randomness=noise) for noise in ("same", "error")}
+        reason = 'batch="loop"' if choice == "loop" else self._hindrance()
+        if reason:
+            if choice == "vmap" and not gradients:
+                raise ObjectiveError(f'batch: expected a loss that can be batched for "vmap"; {reason}')
+            self.way, self.reason = "loop", reason
+
+    def _hindrance(self) -> str:
+        """Why this loss can never be batched, as far as that is known without calling it."""
+        vector, loss = self._evaluation.vector, self._evaluation.loss
+        if loss.form is Form.CLOSURE:
+            return "a closure is not given the weights"
+        if loss.form is Form.ARRAY:
+            return "a loss of a NumPy array takes one point"
+        if self._gradients and self._evaluation.surrogate is not None:
+            return "gradients come from a surrogate"
+        narrow = [t.dtype for t in vector.tensors if torch.finfo(t.dtype).bits < 32]
+        if narrow:
+            return f"with {narrow[0]} weights a batched loss differs from a looped one by about a percent"
+        return ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know: why there is no batch although one was wanted, and shrunken batches."""
+        expected = self.choice == "loop" or self._evaluation.loss.form in (Form.CLOSURE, Form.ARRAY)
+        if self.way == "loop" and self.wanted and not expected:
+            what = "gradients of populations" if self._gradients else "populations"
+            return [*self._shrunk, f"{what} are evaluated one by one: {self.reason}"]
+        return list(self._shrunk)
+
+    def __repr__(self) -> str:
+        if self.way == "vmap":
+            return f"populations {self.rows} rows a forward"
+        return f"populations one by one ({self.reason})" if self.reason else "populations not asked yet"
+
+    # -- one forward of many points -----------------------------------------------------------------------------
+
+    def evaluate(self, x: FloatArray, fresh: bool) -> tuple[list[float], FloatArray | None]:
+        """The losses of all rows, and their gradients if this batch is for gradients. The weights stay in place.
+
+        Under `vmap` a random number is drawn once for all rows, as the loop draws the same for each under the
+        policies `shared` and `fixed`; NumPy's and Python's are drawn once because the loss is called once.
+
+        Args:
+            x: weights, shape (rows, n).
+            fresh: whether the loss draws new random numbers.
+
+        Returns:
+            The losses, and None or the gradients, shape (rows, n), in solver coordinates.
+        """
+        evaluation, random = self._evaluation, self._evaluation.randomness
+        members = self._members(x)
+        batched = self._batched["error" if random.policy == "independent" else "same"]
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eval mode knows no batches
+        evaluation.guard.lend_buffers()
+        random.begin(fresh)
+        try:
+            with torch.set_grad_enabled(self._gradients or evaluation.differentiates):
+                told = batched(*members)
+        finally:
+            random.end()
+            torch.backends.mha.set_fastpath_enabled(fused)
+            evaluation.guard.return_buffers()
+            evaluation.guard.settle_buffers(False)
+        evaluation.aux = None
+        gradients, losses = told if self._gradients else (None, told)
+        return losses.to("cpu", torch.float64).tolist(), self._flat(gradients)
+
+    def _members(self, x: FloatArray) -> list[Tensor]:
+        """Each weight with a first dimension for the rows, in its own dtype, rounded as when written.
+
+        The memory is its own: a loss may write into its weights.
+        """
+        vector = self._evaluation.vector
+        flat = torch.tensor(x)
+        if len({(t.device, t.dtype) for t in vector.tensors}) == 1:
+            flat = flat.to(vector.tensors[0].device, vector.tensors[0].dtype)  # one transfer for all
+        parts = torch.split(flat, list(vector.sizes), dim=1)
+        return [
+            part.to(t.device, t.dtype).view(len(x), *t.shape)
+            for part, t in zip(parts, vector.tensors, strict=True)
+        ]
+
+    def _flat(self, gradients: Sequence[Tensor] | None) -> FloatArray | None:
+        if gradients is None:
+            return None
+        parts = [g.detach().reshape(len(g), -1).to("cpu", torch.float64) for g in gradients]
+        flat: FloatArray = torch.cat(parts, dim=1).numpy()
+        scale = self._evaluation.vector.scale
+        return flat if scale is None else flat * scale
+
+    # -- which way ----------------------------------------------------------------------------------------------
+
+    def verify(self, x: FloatArray, losses: Sequence[float], gradients: FloatArray | None = None) -> bool:
+        """Decide the way: one forward of two points must tell what they were told one by one.
+
+        Meanwhile the model's own weights are nan, so that a loss which reads them past its argument (a captured
+        `model.weight`) is found out even where both points agree by chance.
+
+        Args:
+            x: weights, shape (2, n).
+            losses: of the two, finite, with the random numbers that a question which is not fresh draws.
+            gradients: of the two, shape (2, n), if this batch is for gradients.
+
+        Returns:
+            Whether the two forwards were begun (and must be paid for).
+        """
+        evaluation = self._evaluation
+        if evaluation.randomness.policy == "independent" and evaluation.randomness.used:
+            self.leave('noise="independent": every member draws numbers of its own')
+            return False
+        produced = _Produced()
+        hidden = _no_hidden_loops() if self.choice == "auto" else contextlib.nullcontext()
+        try:
+            with evaluation.undone_on_error(), _unreadable(evaluation.vector), hidden, produced:
+                told, slopes = self.evaluate(x, fresh=False)
+        except Exception as error:  # noqa: BLE001 - whatever a loss raises under vmap, the loop can do without
+            self.leave(error)
+            return True
+        eps = max(torch.finfo(t.dtype).eps for t in evaluation.vector.tensors)
+        near = ULPS * eps * max(map(abs, losses))
+        off = [i for i in (0, 1) if not abs(told[i] - losses[i]) <= near]
+        if off:
+            self.leave(
+                f"one forward for two members told {told[off[0]]!r} where one alone is {losses[off[0]]!r}"
+            )
+        elif gradients is not None and slopes is not None and not _close(slopes, gradients, ULPS * eps):
+            self.leave("one forward and backward for two members told other gradients than one alone")
+        else:
+            self._settle(produced.bytes // 2 + 1)
+        return True
+
+    def _settle(self, size: int) -> None:
+        """Take batches from now on, where operations produce `size` bytes for one member."""
+        device = next((t.device.type for t in self._evaluation.vector.tensors if not t.is_cpu), "cpu")
+        rows = ALLOWANCE.get(device, ALLOWANCE["cuda"]) // size
+        if self.choice == "auto" and rows < 2:
+            self.leave(f"a forward of one member alone produces {size} bytes, which keeps the machine busy")
+        else:
+            self.way, self.rows = "vmap", self.choice if isinstance(self.choice, int) else max(1, rows)
+
+    def leave(self, reason: str | Exception) -> None:
+        """Evaluate one by one from now on.
+
+        Raises:
+            ObjectiveError: `batch="vmap"` was asked for.
+        """
+        cause = reason if isinstance(reason, Exception) else None
+        text = reason if isinstance(reason, str) else _first_line(reason)
+        if self.choice == "vmap":
+            raise ObjectiveError(f'batch: expected a loss that can be batched for "vmap"; {text}') from cause
+        self.way, self.reason = "loop", text
+
+    def shrink(self, rows: int, evaluation: int) -> None:
+        """Take half of `rows`, for which the memory did not suffice, from now on."""
+        self._shrunk.append(f"a batch of {rows} rows ran out of memory after evaluation {evaluation}: halved")
+        if rows < 2:
+            self.leave("out of memory")
+        else:
+            self.rows = rows // 2
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strings and numbers."""
+        return {
+            "choice": self.choice,
+            "way": self.way,
+            "rows": self.rows,
+            "reason": self.reason,
+            "wanted": self.wanted,
+            "shrunk": list(self._shrunk),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go the way that the saved one went, whatever was chosen here.
+
+        Raises:
+            StateError: the saved one was batched, this loss cannot be.
+        """
+        if state["way"] == "vmap" and self._hindrance():
+            raise StateError(f"state: its populations were evaluated in batches; here {self._hindrance()}")
+        self.choice, self.way, self.rows = state["choice"], state["way"], state["rows"]
+        self.reason, self.wanted, self._shrunk = state["reason"], state["wanted"], list(state["shrunk"])
+
+
+def _of_weights(loss: Loss, names: Sequence[str]) -> Callable[..., Any]:
+    """The loss as a function of one tensor per weight that returns a tensor without dimensions."""
+
+    def function(*weights: Tensor) -> Tensor:
+        assert loss.functional is not None
+        value = as_scalar(loss.functional(dict(zip(names, weights, strict=True))))
+        if torch.func.debug_unwrap(value) is value:
+            raise ObjectiveError("the loss does not depend on the weights that it is given")
+        return value
+
+    return function
+
+
+class _Produced(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums the bytes that all operations produce: never less than what they hold at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and _memory(made) not in given:  # a view produces nothing
+                self.bytes += made.numel() * made.element_size()
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def _unreadable(vector: ParameterVector) -> Iterator[None]:
+    """The model's own weights are nan for a while."""
+    found = vector.snapshot()
+    vector.restore([torch.full_like(t, torch.nan) for t in found])
+    try:
+        yield
+    finally:
+        vector.restore(found)
+
+
+@contextlib.contextmanager
+def _no_hidden_loops() -> Iterator[None]:
+    """An operation over whose members torch would loop (and warn of it) is an error.
+
+    Where that is attention, which does most of the work, a batch is slower than the loop.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "There is a performance drop", UserWarning)
+        yield
+
+
+def _close(a: FloatArray, b: FloatArray, near: float) -> bool:
+    return all(np.abs(p - q).max() <= near * np.abs(q).max() for p, q in zip(a, b, strict=True))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that an allocation failed."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {line}" if len(line) < 200 else f"{type(error).__name__}: {line[:200]} ..."
+    )
