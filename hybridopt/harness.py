@@ -252,7 +252,7 @@ def minimize(
             and at the end, atomically.
         exact: see `Run.load_state_dict`.
         label: the tracker's name for this run; default the method's text.
-        **objective: further arguments of `Objective`: surrogate, nonfinite, keep, noise, backward_cost, select,
+        **objective: further arguments of `Objective`: surrogate, nonfinite, keep, noise, batch, backward_cost, select,
             bounds, scale.
 
     Returns:

@@ -114,6 +114,17 @@ class Rows:
         self.rows.append(Row(float(loss).hex(), probe, self._vector.read().tobytes()))
 
 
+class Heard:
+    """Listens to an objective: the loss of each evaluation."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def evaluated(self, ledger: Ledger, scopes: Sequence[Ledger], loss: float, probe: bool) -> None:
+        """See `hybridopt.objective.Listener`."""
+        self.heard.append(float(loss).hex())
+
+
 def bowl(x: Tensor) -> Tensor:
     """A convex quadratic with its minimum 0 at 0.5."""
     weights = 1 + torch.arange(len(x), dtype=x.dtype, device=x.device)
@@ -123,6 +134,10 @@ def bowl(x: Tensor) -> Tensor:
 def valley(x: Tensor) -> Tensor:
     """Rosenbrock's bent valley in two weights, minimum 0 at (1, 1)."""
     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+
+
+def _batched_valley(model: Model) -> Tensor:
+    return valley(model.x())
 
 
 class OptimizerContract:
@@ -239,6 +254,39 @@ class OptimizerContract:
                 if run.step() is None or run.reason is not None:
                     break
 
+    def test_batched_populations(self) -> None:
+        """Populations in one forward: the budget is as exact, and a state between any two steps as good."""
+        if Need.POPULATION not in self.method.uses:
+            return
+
+        def begin() -> tuple[Run, Heard]:
+            run = Run(
+                _batched_valley,
+                Model([-1.2, 1.0]),
+                self.method,
+                budget=self.evaluations,
+                bounds=self._bounds(),
+                seed=_SEED,
+            )
+            heard = Heard()
+            run.objective.listeners.append(heard)
+            return run, heard
+
+        whole, losses = begin()
+        saved = [(0, _save(whole.state_dict()))]
+        with whole:
+            for _ in whole:
+                saved.append((len(losses.heard), _save(whole.state_dict())))
+        result = whole.result()
+        assert result.evaluations == len(losses.heard) <= self.evaluations, "the budget was passed"
+        for done, state in _some(saved)[::3]:
+            run, rest = begin()
+            with run:
+                run.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+                for _ in run:
+                    pass
+            assert rest.heard == losses.heard[done:], f"resumed after evaluation {done}, the losses differ"
+
     # -- budgets ------------------------------------------------------------------------------------------------
 
     def test_budget_of_evaluations(self) -> None:
@@ -275,7 +323,7 @@ class OptimizerContract:
         whole, rows = self._run(self.evaluations)
         self._finish(whole)
         model = Model([-1.2, 1.0])
-        objective = Objective(Loss(valley), model, 1, bounds=self._bounds(), seed=_SEED)
+        objective = Objective(Loss(valley), model, 1, bounds=self._bounds(), seed=_SEED, batch="loop")
         seen = Rows(objective.vector)
         objective.listeners.append(seen)
         optimizer = self.method.start(objective.vector, _SEED)
@@ -456,7 +504,10 @@ class OptimizerContract:
         return (-2.0, 2.0) if Need.BOUNDS in self.method.needs else None
 
     def _minimize(self, loss: Loss, model: Model, budget: Any) -> Result:
-        return hybridopt.minimize(loss, model, self.method, budget=budget, bounds=self._bounds(), seed=_SEED)
+        # one by one: these losses count their calls
+        return hybridopt.minimize(
+            loss, model, self.method, budget=budget, bounds=self._bounds(), seed=_SEED, batch="loop"
+        )
 
     def _lowers(self, function: Callable[[Tensor], Tensor], start: list[float]) -> None:
         model = Model(start)
@@ -475,6 +526,7 @@ class OptimizerContract:
             budget=budget,
             bounds=self._bounds(),
             seed=seed,
+            batch="loop",
         )
         rows = Rows(run.objective.vector)
         run.objective.listeners.append(rows)

@@ -22,8 +22,8 @@ SOLVERS: dict[str, Method] = {
     "slsqp_none": method("slsqp(gradients=none)"),
     "annealing": method("dual_annealing"),
     "annealing_none": method("dual_annealing(gradients=none)"),
-    "pso": method("pso(swarmsize=6)"),
-    "cmaes": method("cmaes"),
+    "pyswarm.pso": method("pyswarm.pso(swarmsize=6)"),
+    "cma.cmaes": method("cma.cmaes"),
     "nelder_mead": NelderMead(),
 }
 
@@ -70,7 +70,7 @@ def start(
     x = torch.tensor([-1.2, 1.0, 0.3] if x0 is None else x0, dtype=torch.float64)
     if isinstance(solver, NelderMead):
         bounds = None
-    return Run(loss, x, solver, budget=budget, bounds=bounds, seed=seed), loss
+    return Run(loss, x, solver, budget=budget, bounds=bounds, seed=seed, batch="loop"), loss
 
 
 def whole(solver: Method, budget: Any = 60, **options: Any) -> list[Evaluation]:

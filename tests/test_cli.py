@@ -55,13 +55,18 @@ def file(tmp_path: Path) -> str:
 
 def test_json_has_one_object_a_method_and_seed(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    methods = "pso, adam(lr=0.1, steps=20) > cmaes"
+    methods = "pyswarm.pso, adam(lr=0.1, steps=20) > cma.cmaes"
     result = run("compare", "--methods", methods, "--budget", "30", "--seeds", "2", "--json", str(out))
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert [list(r) for r in found] == [KEYS] * 4
-    chain = "adam(lr=0.1, steps=20) > cmaes"
-    assert [(r["method"], r["seed"]) for r in found] == [("pso", 42), ("pso", 43), (chain, 42), (chain, 43)]
+    chain = "adam(lr=0.1, steps=20) > cma.cmaes"
+    assert [(r["method"], r["seed"]) for r in found] == [
+        ("pyswarm.pso", 42),
+        ("pyswarm.pso", 43),
+        (chain, 42),
+        (chain, 43),
+    ]
     assert {r["evaluations"] for r in found} == {30}
     assert {r["reason"] for r in found} == {"evaluations"}
     for r in found:
@@ -123,7 +128,7 @@ def test_users_problem(file: str, tmp_path: Path) -> None:
         "--problem",
         f"{file}:boxed",
         "--methods",
-        "pso,slsqp",
+        "pyswarm.pso,slsqp",
         "--budget",
         "1000",
         "--json",
@@ -152,10 +157,18 @@ def test_the_plot_has_the_axis_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_failed_method_is_shown_and_the_others_go_on(file: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = run(
-        "compare", "--problem", f"{file}:bowl", "--methods", "pso,slsqp", "--budget", "50", "--json", str(out)
+        "compare",
+        "--problem",
+        f"{file}:bowl",
+        "--methods",
+        "pyswarm.pso,slsqp",
+        "--budget",
+        "50",
+        "--json",
+        str(out),
     )
     assert result.exit_code == 1
-    assert "pso failed (seed 42): pyswarm.pso: expected finite bounds" in result.stdout
+    assert "pyswarm.pso failed (seed 42): pyswarm.pso: expected finite bounds" in result.stdout
     failed, fine = json.loads(out.read_text())
     assert failed["reason"] == "failed"
     assert failed["loss"] is failed["best_loss"] is None
@@ -166,7 +179,7 @@ def test_a_failed_method_is_shown_and_the_others_go_on(file: str, tmp_path: Path
 def test_losses_that_are_not_finite_are_null(file: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = run(
-        "compare", "--problem", f"{file}:nan", "--methods", "cmaes", "--budget", "5", "--json", str(out)
+        "compare", "--problem", f"{file}:nan", "--methods", "cma.cmaes", "--budget", "5", "--json", str(out)
     )
     assert result.stderr.startswith("Warning: loss nan at evaluation 1")
     assert result.stderr.count("\n") == 1
@@ -178,7 +191,7 @@ def test_losses_that_are_not_finite_are_null(file: str, tmp_path: Path) -> None:
 def test_an_interrupt_ends_it_with_what_was_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli._Display, "step", lambda self, run, step: run.steps == 3)
     out = tmp_path / "out.json"
-    result = run("compare", "--methods", "slsqp,cmaes", "--budget", "50", "--json", str(out))
+    result = run("compare", "--methods", "slsqp,cma.cmaes", "--budget", "50", "--json", str(out))
     assert result.exit_code == 130
     assert [r["reason"] for r in json.loads(out.read_text())] == ["interrupted"]
 
@@ -209,7 +222,7 @@ def test_threads_are_set_for_the_run_only(monkeypatch: pytest.MonkeyPatch) -> No
         (["compare", "--methods", "adam(l=1)"], "unknown option 'l'; nearest: lr"),
         (["compare", "--methods", "slsqp > slsqp(ftl=1)"], "unknown option 'ftl'; nearest: ftol"),
         (["compare", "--methods", "slsqp(ftol=1"], "expected"),
-        (["compare", "--methods", "slsqp,,pso"], "expected a method between commas"),
+        (["compare", "--methods", "slsqp,,pyswarm.pso"], "expected a method between commas"),
         (["compare", "--methods", "slsqp-fd"], "write 'scipy.slsqp(gradients=differences"),
         (["compare", "--methods", "slsqp,slsqp"], "given twice"),
         (["compare", "--budget", "3x"], "'137' (evaluations), '1000fe'"),
@@ -234,7 +247,7 @@ def test_one_clear_line(arguments: list[str], text: str) -> None:
 
 
 def test_a_shared_target_is_one_line_too(file: str) -> None:
-    result = run("compare", "--problem", f"{file}:shared", "--methods", "slsqp,cmaes", "--budget", "20")
+    result = run("compare", "--problem", f"{file}:shared", "--methods", "slsqp,cma.cmaes", "--budget", "20")
     assert result.exit_code == 2
     assert "expected the same start" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -297,7 +310,7 @@ COMMAND = [
     "hybridopt.cli",
     "compare",
     "--methods",
-    "cmaes",
+    "cma.cmaes",
     "--budget",
     "2000",
 ]
@@ -311,7 +324,7 @@ def test_no_progress_when_piped() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=120, env=environment(), check=True)
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
-    assert "cmaes" in done.stdout
+    assert "cma.cmaes" in done.stdout
 
 
 def test_progress_on_a_terminal() -> None:
@@ -327,6 +340,6 @@ def test_progress_on_a_terminal() -> None:
         assert process.wait(120) == 0
     os.close(main)
     text = seen.decode()
-    assert "cmaes seed 42:" in text
+    assert "cma.cmaes seed 42:" in text
     assert "1/1" in text
-    assert text.index("cmaes seed 42:") < text.rindex("ended by")
+    assert text.index("cma.cmaes seed 42:") < text.rindex("ended by")

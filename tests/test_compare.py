@@ -35,12 +35,12 @@ def boxless(seed: int) -> Problem:
 
 
 def test_one_result_a_method_and_seed_in_order() -> None:
-    tracker = compare(bowl, ["slsqp", "cmaes(sigma=0.5)"], budget=40, seeds=[1, 2])
+    tracker = compare(bowl, ["slsqp", "cma.cmaes(sigma=0.5)"], budget=40, seeds=[1, 2])
     assert [(r["label"], r["seed"]) for r in tracker.results()] == [
         ("slsqp", 1),
         ("slsqp", 2),
-        ("cmaes(sigma=0.5)", 1),
-        ("cmaes(sigma=0.5)", 2),
+        ("cma.cmaes(sigma=0.5)", 1),
+        ("cma.cmaes(sigma=0.5)", 2),
     ]
     assert [len(log) for log in tracker.runs] == [r["evaluations"] for r in tracker.results()]
 
@@ -55,7 +55,7 @@ def test_only_what_needs_a_box_is_held_in_it() -> None:
     tracker = compare(
         bowl,
         [
-            "cmaes(sigma=0.5)",
+            "cma.cmaes(sigma=0.5)",
             "slsqp",
             "dual_annealing(evaluations=30) > slsqp",
             "slsqp > (adam(steps=3) > dual_annealing)(evaluations=30) > slsqp",
@@ -88,15 +88,15 @@ def test_what_the_problem_says_reaches_the_run() -> None:
 
 
 def test_a_failed_method_is_a_row_and_the_others_go_on() -> None:
-    tracker = compare(boxless, ["pso", "slsqp"], budget=50, seeds=[1])
+    tracker = compare(boxless, ["pyswarm.pso", "slsqp"], budget=50, seeds=[1])
     failed, fine = tracker.results()
     assert failed["reason"] == "failed"
     assert "expected finite bounds" in failed["message"]
     assert "Problem(...)" in failed["message"]
     assert fine["reason"] == "converged"
     assert records(tracker)[0] == {
-        "method": "pso", "seed": 1, "loss": None, "best_loss": None, "evaluations": 0, "forward": 0, "backward": 0,
-        "forward_equivalents": 0.0, "seconds": 0.0, "reason": "failed",
+        "method": "pyswarm.pso", "seed": 1, "loss": None, "best_loss": None, "evaluations": 0,
+        "forward": 0, "backward": 0, "forward_equivalents": 0.0, "seconds": 0.0, "reason": "failed",
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_a_failure_half_way_keeps_what_was_spent() -> None:
         return Problem("nan at the start", loss, np.ones(2))
 
     with pytest.warns(RuntimeWarning, match="rejected"):
-        tracker = compare(nan_later, ["slsqp(gradients=differences)", "cmaes"], budget=20)
+        tracker = compare(nan_later, ["slsqp(gradients=differences)", "cma.cmaes"], budget=20)
     failed, fine = tracker.results()
     assert (failed["reason"], failed["evaluations"]) == ("failed", 1)
     assert "expected a finite loss" in failed["message"]
@@ -128,7 +128,7 @@ def test_a_fault_in_the_loss_passes_unchanged() -> None:
         return Problem("broken", loss, np.ones(2))
 
     with pytest.raises(Mine):
-        compare(broken, ["cmaes"], budget=20)
+        compare(broken, ["cma.cmaes"], budget=20)
 
 
 def test_a_target_shared_between_runs_is_refused() -> None:
@@ -138,23 +138,23 @@ def test_a_target_shared_between_runs_is_refused() -> None:
         return Problem("shared", lambda x: (x**2).sum(), shared)
 
     with pytest.raises(ProblemError, match="expected the same start at every call with seed 42"):
-        compare(build, ["slsqp", "cmaes"], budget=20)
+        compare(build, ["slsqp", "cma.cmaes"], budget=20)
 
 
 def test_an_interrupted_run_ends_the_comparison() -> None:
-    tracker = compare(bowl, ["slsqp", "cmaes"], budget=50, callbacks=lambda run, step: run.steps == 2)
+    tracker = compare(bowl, ["slsqp", "cma.cmaes"], budget=50, callbacks=lambda run, step: run.steps == 2)
     assert [r["reason"] for r in tracker.results()] == ["interrupted"]
 
 
 def test_runs_yields_one_at_a_time() -> None:
     tracker = hybridopt.Tracker()
-    going = runs(bowl, ["slsqp", "cmaes"], 10, [1], tracker=tracker)
+    going = runs(bowl, ["slsqp", "cma.cmaes"], 10, [1], tracker=tracker)
     assert next(going)["label"] == "slsqp"
     assert len(tracker.runs) == 1
 
 
 def test_budgets() -> None:
-    own = [Entry("a", "cmaes", 7), Entry("b", "cmaes")]
+    own = [Entry("a", "cma.cmaes", 7), Entry("b", "cma.cmaes")]
     assert [r["evaluations"] for r in compare(bowl, own, 11).results()] == [11, 11]
     assert compare(bowl, own).results()[0]["evaluations"] == 7
     assert (
@@ -165,7 +165,7 @@ def test_budgets() -> None:
     with pytest.raises(BudgetError, match="3x"):
         compare(bowl, ["slsqp"], "3x")
     with pytest.raises(BudgetError):
-        entries([Entry("a", "cmaes", 0)])
+        entries([Entry("a", "cma.cmaes", 0)])
 
 
 def test_labels_of_a_mapping() -> None:
@@ -188,7 +188,7 @@ def test_labels_of_a_mapping() -> None:
 def test_wrong_methods_are_found_before_anything_runs(methods: list[str], text: str) -> None:
     tracker = hybridopt.Tracker()
     with pytest.raises(MethodError, match=text):
-        compare(bowl, ["cmaes", *methods] if methods else [], 5, tracker=tracker)
+        compare(bowl, ["cma.cmaes", *methods] if methods else [], 5, tracker=tracker)
     assert tracker.runs == []
 
 
@@ -208,10 +208,10 @@ def test_records_are_json_with_the_keys_of_the_issue(tmp_path: Path) -> None:
 
 
 def test_global_generators_and_the_callers_methods_are_left_alone() -> None:
-    methods: list[Any] = ["cmaes", Entry("p", "pso(swarmsize=5)")]
+    methods: list[Any] = ["cma.cmaes", Entry("p", "pyswarm.pso(swarmsize=5)")]
     before = torch.get_rng_state(), np.random.get_state()
     compare("identity", methods, 20)
-    assert methods == ["cmaes", Entry("p", "pso(swarmsize=5)")]
+    assert methods == ["cma.cmaes", Entry("p", "pyswarm.pso(swarmsize=5)")]
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_equal(np.random.get_state(), before[1])
 

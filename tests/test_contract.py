@@ -53,17 +53,17 @@ class TestDualAnnealingNone(OptimizerContract):
 
 
 class TestPSO(OptimizerContract):
-    method = hybridopt.method("pso(swarmsize=10)")
+    method = hybridopt.method("pyswarm.pso(swarmsize=10)")
     random = True
 
 
 class TestCMAES(OptimizerContract):
-    method = hybridopt.method("cmaes")
+    method = hybridopt.method("cma.cmaes")
     random = True
 
 
 class TestCMAESBounded(OptimizerContract):
-    method = hybridopt.method("cmaes(popsize=6)")
+    method = hybridopt.method("cma.cmaes(popsize=6)")
     bounds = BOX
     random = True
 
@@ -138,14 +138,16 @@ class TestChain(OptimizerContract):
 
 
 class TestChainInPlace(OptimizerContract):
-    method = hybridopt.method("torch.adam(lr=0.1, steps=9) > cmaes(evaluations=25) > torch.lbfgs")
+    method = hybridopt.method("torch.adam(lr=0.1, steps=9) > cma.cmaes(evaluations=25) > torch.lbfgs")
     random = True
 
 
 class TestChainMidGeneration(OptimizerContract):
     """The first stage ends inside a generation, the second by forward-equivalents between a value and its gradient."""
 
-    method = hybridopt.method("cmaes(evaluations=17) > slsqp(forward_equivalents=15) > pso(swarmsize=7)")
+    method = hybridopt.method(
+        "cma.cmaes(evaluations=17) > slsqp(forward_equivalents=15) > pyswarm.pso(swarmsize=7)"
+    )
     bounds = BOX
     random = True
 
@@ -154,7 +156,7 @@ class TestChainNested(OptimizerContract):
     """Limits at three levels, a target among them."""
 
     method = hybridopt.method(
-        "((pso(swarmsize=5, evaluations=12) > torch.adam(lr=0.1))(evaluations=22) > slsqp(target=1.0))"
+        "((pyswarm.pso(swarmsize=5, evaluations=12) > torch.adam(lr=0.1))(evaluations=22) > slsqp(target=1.0))"
         "(forward_equivalents=90) > torch.sgd(lr=1e-3, momentum=0.9)"
     )
     bounds = BOX

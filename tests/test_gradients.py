@@ -315,7 +315,7 @@ def test_a_later_stage_may_begin_at_a_lucky_point() -> None:
 
     with pytest.warns(RuntimeWarning, match="rejected"):
         result = minimize(
-            loss, torch.zeros(2, dtype=torch.float64), "cmaes(evaluations=5) > slsqp", budget=50
+            loss, torch.zeros(2, dtype=torch.float64), "cma.cmaes(evaluations=5) > slsqp", budget=50
         )
     assert len(calls) >= 6
     assert math.isfinite(result.best_loss)

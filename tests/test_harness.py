@@ -29,9 +29,9 @@ def model_and_loss(seed: int = 0):
 
 METHODS = [
     "slsqp",
-    "cmaes(popsize=6)",
+    "cma.cmaes(popsize=6)",
     "torch.adam(lr=0.05)",
-    "cmaes(popsize=6, evaluations=20) > torch.adam(lr=0.05)",
+    "cma.cmaes(popsize=6, evaluations=20) > torch.adam(lr=0.05)",
 ]
 
 
@@ -74,7 +74,7 @@ def test_own_loss_and_best_loss_differ_where_the_method_went_on():
     ],
 )
 def test_reasons(budget, reason):
-    result = minimize(bowl, np.zeros(4), "cmaes(popsize=6)", budget=budget, seed=0)
+    result = minimize(bowl, np.zeros(4), "cma.cmaes(popsize=6)", budget=budget, seed=0)
     assert result.reason is reason
     assert result.message == reason.sentence
     if reason is Reason.TARGET:
@@ -86,7 +86,7 @@ def test_seconds_are_checked_before_each_evaluation():
     clock = iter(range(10_000))
     objective = hybridopt.Objective(bowl, np.zeros(3), budget=Budget(seconds=7.5))
     objective.ledger._clock = lambda: float(next(clock))
-    result = minimize(objective, method="cmaes", budget=Budget(seconds=7.5), seed=0)
+    result = minimize(objective, method="cma.cmaes", budget=Budget(seconds=7.5), seed=0)
     assert result.reason is Reason.SECONDS
     assert 0 < result.evaluations < 10
 
@@ -97,9 +97,9 @@ def test_a_budget_is_required():
 
 
 def test_seed_is_drawn_and_recorded():
-    first = minimize(bowl, np.zeros(3), "cmaes", budget=30)
-    again = minimize(bowl, np.zeros(3), "cmaes", budget=30, seed=first.seed)
-    other = minimize(bowl, np.zeros(3), "cmaes", budget=30)
+    first = minimize(bowl, np.zeros(3), "cma.cmaes", budget=30)
+    again = minimize(bowl, np.zeros(3), "cma.cmaes", budget=30, seed=first.seed)
+    other = minimize(bowl, np.zeros(3), "cma.cmaes", budget=30)
     assert again.best_loss == first.best_loss
     assert other.best_loss != first.best_loss
 
@@ -119,7 +119,9 @@ def test_callbacks_see_every_step_and_can_end_the_run():
     def enough(run, step):
         return run.steps == 4
 
-    result = minimize(bowl, np.zeros(3), "cmaes(popsize=5)", budget=500, seed=0, callbacks=[watch, enough])
+    result = minimize(
+        bowl, np.zeros(3), "cma.cmaes(popsize=5)", budget=500, seed=0, callbacks=[watch, enough]
+    )
     assert [n for n, _ in seen] == [5, 10, 15, 20]
     assert result.reason is Reason.INTERRUPTED
     assert result.message == "a callback ended the run"
@@ -179,7 +181,7 @@ def test_first_interrupt_ends_between_steps_and_returns():
     count: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     with pytest.warns(UserWarning, match="ending after this step"):
-        result = minimize(loss, np.zeros(3), "cmaes(popsize=5)", budget=500, seed=0)
+        result = minimize(loss, np.zeros(3), "cma.cmaes(popsize=5)", budget=500, seed=0)
     assert result.reason is Reason.INTERRUPTED
     assert result.evaluations == 15  # the generation was finished
     assert signal.getsignal(signal.SIGINT) is handler
@@ -198,7 +200,7 @@ def test_second_interrupt_raises_at_once_and_the_best_point_stays():
         return seen[-1]
 
     with pytest.warns(UserWarning, match="ending after this step"), pytest.raises(KeyboardInterrupt):
-        minimize(twice, model, "cmaes(popsize=50)", budget=500, seed=0)
+        minimize(twice, model, "cma.cmaes(popsize=50)", budget=500, seed=0)
     assert loss(model).item() == min(seen[:-1])
 
 
@@ -211,14 +213,14 @@ def test_another_handler_stays_in_force():
             os.kill(os.getpid(), signal.SIGINT)
             return bowl(x)
 
-        result = minimize(loss, np.zeros(2), "cmaes", budget=12, seed=0)
+        result = minimize(loss, np.zeros(2), "cma.cmaes", budget=12, seed=0)
     finally:
         signal.signal(signal.SIGINT, old)
     assert result.evaluations == 12
     assert len(calls) == 12
 
 
-@pytest.mark.parametrize(("method", "evaluations"), [("cmaes(popsize=5)", 150), ("dual_annealing", 30)])
+@pytest.mark.parametrize(("method", "evaluations"), [("cma.cmaes(popsize=5)", 150), ("dual_annealing", 30)])
 def test_all_nan_is_said_and_the_start_is_kept(method, evaluations):
     """Both would go on for ever and are ended after 30 questions in a row; a generation is one question."""
     model, _ = model_and_loss()
@@ -263,7 +265,7 @@ def test_keep_is_the_users_to_decide():
         seen.append((value.item(), [p.detach().clone() for p in model.parameters()]))
         return value
 
-    result = minimize(noisy, model, "cmaes(popsize=5)", budget=40, seed=3, keep="best")
+    result = minimize(noisy, model, "cma.cmaes(popsize=5)", budget=40, seed=3, keep="best")
     lucky = min(seen, key=lambda pair: pair[0])
     assert result.best_loss == lucky[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), lucky[1], strict=True))
@@ -304,25 +306,25 @@ def test_a_checkpointed_run_goes_on_as_if_it_had_not_stopped(tmp_path, method):
 
 def test_a_checkpoint_of_another_method_or_seed_is_refused(tmp_path):
     file = tmp_path / "run.pt"
-    minimize(bowl, np.zeros(2), "cmaes", budget=20, seed=1, checkpoint=file)
+    minimize(bowl, np.zeros(2), "cma.cmaes", budget=20, seed=1, checkpoint=file)
     with pytest.raises(StateError, match=r"saved by 'cma.cmaes', this run is 'cma.cmaes\(popsize=9\)'"):
-        minimize(bowl, np.zeros(2), "cmaes(popsize=9)", budget=40, seed=1, checkpoint=file)
+        minimize(bowl, np.zeros(2), "cma.cmaes(popsize=9)", budget=40, seed=1, checkpoint=file)
     with pytest.raises(StateError, match="saved with seed 1, got seed=2"):
-        minimize(bowl, np.zeros(2), "cmaes", budget=40, seed=2, checkpoint=file)
+        minimize(bowl, np.zeros(2), "cma.cmaes", budget=40, seed=2, checkpoint=file)
     with pytest.raises(StateError, match="shapes"):
-        minimize(bowl, np.zeros(3), "cmaes", budget=40, seed=1, checkpoint=file)
+        minimize(bowl, np.zeros(3), "cma.cmaes", budget=40, seed=1, checkpoint=file)
 
 
 def test_a_journal_that_does_not_fit_can_be_restarted_from_the_best(tmp_path):
     file = tmp_path / "run.pt"
-    first = minimize(bowl, np.zeros(2), "cmaes", budget=60, seed=1, checkpoint=file)
+    first = minimize(bowl, np.zeros(2), "cma.cmaes", budget=60, seed=1, checkpoint=file)
     state = torch.load(file, weights_only=True)
     state["optimizer"]["journal"]["digests"][3] += 1
     torch.save(state, file)
     with pytest.raises(ReplayMismatch, match="question 4 of"):
-        minimize(bowl, np.zeros(2), "cmaes", budget=90, checkpoint=file)
+        minimize(bowl, np.zeros(2), "cma.cmaes", budget=90, checkpoint=file)
     torch.save(state, file)
-    result = minimize(bowl, np.zeros(2), "cmaes", budget=90, checkpoint=file, exact=False)
+    result = minimize(bowl, np.zeros(2), "cma.cmaes", budget=90, checkpoint=file, exact=False)
     assert result.evaluations == 90
     assert result.best_loss <= first.best_loss
     assert any("started anew from the best point" in note for note in result.notes)
@@ -336,25 +338,27 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content):
     else:
         file.write_bytes(content)
     with pytest.raises(StateError, match=r"run\.pt: expected a file that hybridopt wrote"):
-        minimize(bowl, np.zeros(2), "cmaes", budget=10, checkpoint=file, seed=0)
+        minimize(bowl, np.zeros(2), "cma.cmaes", budget=10, checkpoint=file, seed=0)
 
 
 def test_a_checkpoint_needs_a_folder(tmp_path):
     with pytest.raises(StateError, match="expected an existing folder"):
-        minimize(bowl, np.zeros(2), "cmaes", budget=10, checkpoint=tmp_path / "no" / "run.pt")
+        minimize(bowl, np.zeros(2), "cma.cmaes", budget=10, checkpoint=tmp_path / "no" / "run.pt")
 
 
 def test_unknown_arguments_name_the_nearest():
     with pytest.raises(ObjectiveError, match="unknown argument 'bound'; nearest: bounds"):
-        minimize(bowl, np.zeros(2), "cmaes", budget=10, bound=(-1, 1))
+        minimize(bowl, np.zeros(2), "cma.cmaes", budget=10, bound=(-1, 1))
     with pytest.raises(MethodError, match="expected a method"):
         minimize(bowl, np.zeros(2), budget=10)
 
 
 def test_stages_that_never_began_are_said():
-    result = minimize(bowl, np.zeros(2), "dual_annealing > cmaes > slsqp", budget=20, seed=0, bounds=(-5, 5))
+    result = minimize(
+        bowl, np.zeros(2), "dual_annealing > cma.cmaes > slsqp", budget=20, seed=0, bounds=(-5, 5)
+    )
     assert result.notes[-1] == "never began: cma.cmaes > scipy.slsqp"
-    whole = minimize(bowl, np.zeros(2), "cmaes(steps=1) > slsqp", budget=500, seed=0)
+    whole = minimize(bowl, np.zeros(2), "cma.cmaes(steps=1) > slsqp", budget=500, seed=0)
     assert not any("never began" in note for note in whole.notes)
 
 
@@ -371,11 +375,13 @@ def test_checkpoints_are_plain_data(tmp_path):
 
 def test_run_is_the_same_loop_by_hand():
     tracker = Tracker()
-    with Run(bowl, np.zeros(3), "cmaes(popsize=5)", budget=40, seed=2, tracker=tracker) as run:
+    with Run(bowl, np.zeros(3), "cma.cmaes(popsize=5)", budget=40, seed=2, tracker=tracker) as run:
         steps = list(run)
     by_hand = run.result()
     assert len(steps) == 8 == by_hand.steps
-    assert by_hand.best_loss == minimize(bowl, np.zeros(3), "cmaes(popsize=5)", budget=40, seed=2).best_loss
+    assert (
+        by_hand.best_loss == minimize(bowl, np.zeros(3), "cma.cmaes(popsize=5)", budget=40, seed=2).best_loss
+    )
     assert tracker.results()[0]["evaluations"] == 40
     with pytest.raises(ClosedError, match="it is finished"):
         run.step()
@@ -405,7 +411,7 @@ def test_an_objective_may_be_given_whole():
 
 
 def test_stages_are_reported():
-    result = minimize(bowl, np.zeros(3), "cmaes(evaluations=14) > slsqp", budget=100, seed=0)
+    result = minimize(bowl, np.zeros(3), "cma.cmaes(evaluations=14) > slsqp", budget=100, seed=0)
     assert [s.method for s in result.stages] == ["cma.cmaes(evaluations=14)", "scipy.slsqp"]
     assert [s.reason for s in result.stages] == [Reason.EVALUATIONS, Reason.CONVERGED]
     assert sum(s.spent["evaluations"] for s in result.stages) == result.evaluations
@@ -420,7 +426,7 @@ def test_a_closures_price_is_said():
         loss.backward()
         return loss
 
-    result = minimize(closure, [x], "cmaes", budget=10, seed=0)
+    result = minimize(closure, [x], "cma.cmaes", budget=10, seed=0)
     assert result.forward_equivalents == 30
     assert any("costs a forward and a backward" in note for note in result.notes)
     assert x.grad is None

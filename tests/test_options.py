@@ -53,8 +53,8 @@ def test_wrong_types_are_named(options, words):
 
 
 @pytest.mark.parametrize(
-    "text", ["pso(omega=abc)", "pso(maxiter=2.5)", "slsqp(maxiter=abc)", "cmaes(popsize=abc)",
-             "dual_annealing(local_search=1)", "cmaes(sigma=(1, 2))"],
+    "text", ["pyswarm.pso(omega=abc)", "pyswarm.pso(maxiter=2.5)", "slsqp(maxiter=abc)", "cma.cmaes(popsize=abc)",
+             "dual_annealing(local_search=1)", "cma.cmaes(sigma=(1, 2))"],
 )  # fmt: skip
 def test_every_method_checks_its_options(text):
     with pytest.raises(MethodError, match="expected"):

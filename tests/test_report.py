@@ -31,7 +31,7 @@ def tracker_of(*curves: tuple[str, int, list[float]]) -> Tracker:
         hybridopt.minimize(
             lambda x, left=left: loss(x, left),
             np.ones(2),
-            "pso(swarmsize=10)",
+            "pyswarm.pso(swarmsize=10)",
             budget=len(losses),
             bounds=(-1, 1),
             seed=seed,
@@ -167,10 +167,12 @@ def test_failed_runs_are_in_the_legend(tmp_path: Path) -> None:
     from hybridopt.compare import compare
     from hybridopt.problems import Problem
 
-    tracker = compare(lambda seed: Problem("p", lambda x: (x**2).sum(), np.ones(2)), ["pso", "cmaes"], 10)
+    tracker = compare(
+        lambda seed: Problem("p", lambda x: (x**2).sum(), np.ones(2)), ["pyswarm.pso", "cma.cmaes"], 10
+    )
     legend = axes_of(tracker).get_legend()
     assert legend is not None
-    assert [t.get_text() for t in legend.get_texts()] == ["pso (1 failed)", "cmaes"]
+    assert [t.get_text() for t in legend.get_texts()] == ["pyswarm.pso (1 failed)", "cma.cmaes"]
     only_failed = Tracker()
     only_failed.runs.append(tracker.runs[0])
     assert only_failed.plot(tmp_path / "a.png").stat().st_size > 1000

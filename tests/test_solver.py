@@ -69,8 +69,8 @@ def test_interleaved_runs_are_as_alone(solver: Method, copies: int) -> None:
         assert loss.path == path
 
 
-INNER = {"pso": ("pso(swarmsize=4)", 9), "slsqp": ("slsqp", 12), "annealing": ("dual_annealing", 15),
-         "cmaes": ("cmaes", 13)}  # fmt: skip
+INNER = {"pyswarm.pso": ("pyswarm.pso(swarmsize=4)", 9), "slsqp": ("slsqp", 12), "annealing": ("dual_annealing", 15),
+         "cma.cmaes": ("cma.cmaes", 13)}  # fmt: skip
 
 
 @every_solver
@@ -106,7 +106,7 @@ def test_a_solver_inside_itself() -> None:
         inner = hybridopt.minimize(
             lambda y: level(depth - 1, y + x.detach().mean()),
             y,
-            "pso(swarmsize=3)",
+            "pyswarm.pso(swarmsize=3)",
             budget=4,
             bounds=BOX,
             seed=1,
@@ -114,9 +114,9 @@ def test_a_solver_inside_itself() -> None:
         assert inner.evaluations == 4
         return (x**2).sum() + inner.best_loss
 
-    path = whole(method("pso(swarmsize=3)"), 7, loss=Recorded(lambda x: level(2, x)))
+    path = whole(method("pyswarm.pso(swarmsize=3)"), 7, loss=Recorded(lambda x: level(2, x)))
     assert len(path) == 7
-    assert path == whole(method("pso(swarmsize=3)"), 7, loss=Recorded(lambda x: level(2, x)))
+    assert path == whole(method("pyswarm.pso(swarmsize=3)"), 7, loss=Recorded(lambda x: level(2, x)))
 
 
 # -- moved, copied -----------------------------------------------------------------------------------------------
@@ -216,7 +216,9 @@ def test_a_swarm_is_closed_quietly_whatever_its_losses(
 ) -> None:
     """An exception through pyswarm's Fortran code would print to stderr."""
     run, _ = start(
-        method("pso", swarmsize=6, minfunc=minfunc), 20, loss=Recorded(lambda x: rosenbrock(x) + offset)
+        method("pyswarm.pso", swarmsize=6, minfunc=minfunc),
+        20,
+        loss=Recorded(lambda x: rosenbrock(x) + offset),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -559,7 +561,7 @@ def test_changed_options_are_refused() -> None:
 
 
 def test_a_state_names_what_a_replay_depends_on() -> None:
-    for solver, library in (("slsqp", "scipy"), ("pso", "pyswarm"), ("cmaes", "cma")):
+    for solver, library in (("slsqp", "scipy"), ("pyswarm.pso", "pyswarm"), ("cma.cmaes", "cma")):
         state, _ = saved(2, SOLVERS[solver])
         assert {"torch", "numpy", "torch_threads", "cpu_capability", library} <= set(
             state["optimizer"]["fingerprint"]
@@ -625,8 +627,8 @@ def test_an_ended_run_without_a_journal_can_be_loaded(monkeypatch: pytest.Monkey
     "text, n, way_out",
     [
         ("slsqp", 200_000, r"fewer weights \(select="),
-        ("cmaes", 200_000, "diagonal=True"),
-        ("pso(maxiter=1_000_000_000)", 3, "lower maxiter"),
+        ("cma.cmaes", 200_000, "diagonal=True"),
+        ("pyswarm.pso(maxiter=1_000_000_000)", 3, "lower maxiter"),
         ("adam > slsqp", 200_000, r"fewer weights \(select="),
     ],
 )
@@ -640,7 +642,7 @@ def test_memory_is_checked_before_it_is_taken(text: str, n: int, way_out: str) -
 
 def test_diagonal_cmaes_needs_little() -> None:
     vector = ParameterVector(torch.zeros(200_000))
-    method("cmaes(diagonal=True)").start(vector, 0).close()
+    method("cma.cmaes(diagonal=True)").start(vector, 0).close()
 
 
 def test_a_method_without_bounds_refuses_them() -> None:

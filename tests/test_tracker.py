@@ -38,7 +38,7 @@ def test_one_row_per_evaluation_with_running_counters(tracker):
 
 def test_stages_and_probes_are_marked(tracker):
     chain, differences = tracker.runs
-    assert {(r.method, r.stage) for r in chain.rows()} == {("cma.cmaes", 0), ("scipy.slsqp", 1)}
+    assert {(r.method, r.stage) for r in chain.rows()} == {("cmaes", 0), ("scipy.slsqp", 1)}
     assert [r.stage for r in chain.rows()].count(0) == 20
     assert sum(r.probe for r in chain.rows()) == 1  # the check of the gradient
     assert 0 < sum(r.probe for r in differences.rows()) < len(differences)

@@ -49,7 +49,7 @@ def theirs(evaluations: int, sigma: float = 0.5, seed: int = 3, **options: Any) 
 
 @pytest.mark.parametrize("options", [{}, {"popsize": 4}, {"diagonal": True}, {"maxiter": 20}])
 def test_walks_pycmas_path(options: dict[str, Any]) -> None:
-    points, result = ours(str(method("cmaes", **options)))
+    points, result = ours(str(method("cma.cmaes", **options)))
     direct = {"CMA_diagonal": options.pop("diagonal")} if "diagonal" in options else options
     expected, es = theirs(600, **direct)
     assert points == expected
@@ -60,7 +60,7 @@ def test_walks_pycmas_path(options: dict[str, Any]) -> None:
 
 
 def test_walks_pycmas_path_within_bounds() -> None:
-    points, result = ours("cmaes", 400, bounds=(-1.3, 1.05))
+    points, result = ours("cma.cmaes", 400, bounds=(-1.3, 1.05))
     expected, _ = theirs(400, sigma=0.3 * 2.35, bounds=[-1.3, 1.05])
     assert points == np.array(expected).clip(-1.3, 1.05).tolist()
     assert np.array(points).min() >= -1.3
@@ -71,14 +71,14 @@ def test_walks_pycmas_path_within_bounds() -> None:
 def test_spread_of_each_weight_follows_its_range() -> None:
     """0.3 × the range where there is one, 0.5 where there is none."""
     bounds = np.array([(-1.3, 1.7), (-math.inf, math.inf), (-99, 101)])
-    points, _ = ours("cmaes(popsize=2000)", 2000, bounds=bounds)
+    points, _ = ours("cma.cmaes(popsize=2000)", 2000, bounds=bounds)
     spread = np.array(points).std(axis=0)
     assert spread[1] == pytest.approx(0.5, rel=0.1)
     assert spread[2] == pytest.approx(60, rel=0.2)  # (folded at the bounds)
 
 
 def test_converges_and_says_so() -> None:
-    _, result = ours("cmaes", 5000)
+    _, result = ours("cma.cmaes", 5000)
     assert result.reason is Reason.CONVERGED
     assert result.best_loss < 1e-10
     assert "tol" in result.message
@@ -86,15 +86,15 @@ def test_converges_and_says_so() -> None:
 
 def test_a_flat_loss_ends_soon() -> None:
     x = torch.zeros(3, dtype=torch.float64)
-    result = hybridopt.minimize(lambda x: (x * 0).sum() + 2, x, "cmaes", budget=2000, seed=0)
+    result = hybridopt.minimize(lambda x: (x * 0).sum() + 2, x, "cma.cmaes", budget=2000, seed=0)
     assert result.best_loss == 2
     assert result.evaluations < 2000
 
 
 def test_a_budget_inside_a_generation_evaluates_what_fits() -> None:
-    whole, _ = ours("cmaes(popsize=8)", 100)
+    whole, _ = ours("cma.cmaes(popsize=8)", 100)
     for budget in (1, 7, 9, 37):
-        points, result = ours("cmaes(popsize=8)", budget)
+        points, result = ours("cma.cmaes(popsize=8)", budget)
         assert points == whole[:budget]
         assert result.evaluations == budget
 
@@ -108,7 +108,7 @@ def test_a_part_of_a_generation_may_be_nan() -> None:
         return rosenbrock(x) * (math.nan if len(calls) % 5 == 1 else 1.0)
 
     with pytest.warns(RuntimeWarning, match="rejected"):
-        result = hybridopt.minimize(loss, torch.tensor(X0), "cmaes", budget=1500, seed=1)
+        result = hybridopt.minimize(loss, torch.tensor(X0), "cma.cmaes", budget=1500, seed=1, batch="loop")
     assert result.best_loss < 0.05
     assert result.nonfinite == 300
 
@@ -122,13 +122,15 @@ def test_a_whole_generation_may_be_nan() -> None:
         return rosenbrock(x) * (math.nan if len(calls) <= 14 else 1.0)
 
     with pytest.warns(RuntimeWarning, match="rejected"):
-        result = hybridopt.minimize(loss, torch.tensor(X0), "cmaes(maxiter=2)", budget=1500, seed=1)
+        result = hybridopt.minimize(
+            loss, torch.tensor(X0), "cma.cmaes(maxiter=2)", budget=1500, seed=1, batch="loop"
+        )
     assert result.loss == result.best_loss < 100
     assert result.evaluations == 14 + 2 * 7
 
     with pytest.warns(RuntimeWarning, match="rejected"):
         nothing = hybridopt.minimize(
-            lambda x: x.sum() * math.nan, torch.tensor(X0), "cmaes(maxiter=2)", budget=1500, seed=1
+            lambda x: x.sum() * math.nan, torch.tensor(X0), "cma.cmaes(maxiter=2)", budget=1500, seed=1
         )
     assert nothing.loss == math.inf
     assert nothing.reason is Reason.NON_FINITE
@@ -139,7 +141,7 @@ def test_writes_no_files_and_prints_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ours("cmaes", 5000)
+    ours("cma.cmaes", 5000)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
@@ -148,7 +150,7 @@ def test_a_single_bounded_weight() -> None:
     """pycma 4.5 bails when it would limit the only standard deviation."""
     x = torch.zeros(1, dtype=torch.float64)
     result = hybridopt.minimize(
-        lambda x: ((x - 1.9) ** 2).sum(), x, "cmaes", budget=400, bounds=(-2, 2), seed=0
+        lambda x: ((x - 1.9) ** 2).sum(), x, "cma.cmaes", budget=400, bounds=(-2, 2), seed=0
     )
     assert result.best_loss < 1e-6
 
@@ -159,4 +161,4 @@ def test_a_single_bounded_weight() -> None:
 )
 def test_wrong_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(MethodError, match=f"cma.cmaes: {text}"):
-        method("cmaes", **options)
+        method("cma.cmaes", **options)

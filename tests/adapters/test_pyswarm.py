@@ -50,7 +50,7 @@ def theirs(seed: int = 3, **options: Any) -> tuple[Points, Any]:
     ],
 )
 def test_walks_pyswarms_path(options: dict[str, Any]) -> None:
-    points, result = ours(str(method("pso", **options)))
+    points, result = ours(str(method("pyswarm.pso", **options)))
     expected_points, expected = theirs(**options)
     assert points == expected_points
     assert result.loss == expected.fun == result.best_loss
@@ -62,9 +62,9 @@ def test_walks_pyswarms_path(options: dict[str, Any]) -> None:
 
 def test_the_path_does_not_depend_on_the_budget() -> None:
     """pyswarm draws all random numbers up front, so `maxiter` shapes the path and must not follow from a budget."""
-    whole, _ = ours("pso(swarmsize=8)", budget=300)
+    whole, _ = ours("pyswarm.pso(swarmsize=8)", budget=300)
     for budget in (1, 8, 100, 299):
-        assert ours("pso(swarmsize=8)", budget=budget)[0] == whole[:budget]
+        assert ours("pyswarm.pso(swarmsize=8)", budget=budget)[0] == whole[:budget]
 
 
 def test_infeasible_words_are_never_printed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +72,12 @@ def test_infeasible_words_are_never_printed(capfd: pytest.CaptureFixture[str]) -
     x = torch.full((3,), 0.5, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="rejected"):
         result = hybridopt.minimize(
-            lambda x: x.sum() * torch.inf, x, "pso(swarmsize=3, maxiter=4)", budget=500, bounds=(0, 1), seed=0
+            lambda x: x.sum() * torch.inf,
+            x,
+            "pyswarm.pso(swarmsize=3, maxiter=4)",
+            budget=500,
+            bounds=(0, 1),
+            seed=0,
         )
     assert result.reason is Reason.NON_FINITE
     assert result.loss == np.inf
@@ -82,10 +87,10 @@ def test_infeasible_words_are_never_printed(capfd: pytest.CaptureFixture[str]) -
 
 def test_needs_a_box() -> None:
     with pytest.raises(BoundsError, match=r"pyswarm.pso: expected finite bounds.*bounds=\(-1, 1\)"):
-        hybridopt.minimize(rosenbrock, torch.zeros(2), "pso", budget=10)
+        hybridopt.minimize(rosenbrock, torch.zeros(2), "pyswarm.pso", budget=10)
 
 
 @pytest.mark.parametrize("option", ["swarmsize", "maxiter"])
 def test_wrong_options(option: str) -> None:
     with pytest.raises(MethodError, match=f"pyswarm.pso: expected {option} >= 1, got 0"):
-        method("pso", **{option: 0})
+        method("pyswarm.pso", **{option: 0})

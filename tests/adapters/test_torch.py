@@ -490,8 +490,8 @@ def test_interleaved_lbfgs_are_as_alone(copies: int) -> None:
         assert losses == undisturbed()
 
 
-TEXTS = ["torch.adam(lr=0.1)", "torch.sgd(lr=1e-3, momentum=0.9)", "torch.lbfgs(line_search_fn=strong_wolfe)", "cmaes",
-         "slsqp"]  # fmt: skip
+TEXTS = ["torch.adam(lr=0.1)", "torch.sgd(lr=1e-3, momentum=0.9)", "torch.lbfgs(line_search_fn=strong_wolfe)",
+         "cma.cmaes", "slsqp"]  # fmt: skip
 
 
 @pytest.mark.parametrize("first", TEXTS[:3])

@@ -64,7 +64,7 @@ def test_a_chain_of_one_is_the_method(name: str) -> None:
 
 
 def test_chains_of_chains_are_flat() -> None:
-    a, b, c = method("pso"), method("cmaes(evaluations=9)"), method("slsqp")
+    a, b, c = method("pyswarm.pso"), method("cma.cmaes(evaluations=9)"), method("slsqp")
     assert (
         (a >> b) >> c
         == a >> (b >> c)
@@ -82,8 +82,8 @@ def test_chains_of_chains_are_flat() -> None:
 
 def test_a_group_without_an_effective_limit_changes_nothing() -> None:
     """A limit that is never reached leaves the path as it is, one level deeper (only the derived seeds differ)."""
-    flat, _ = run_chain("cmaes(evaluations=15) > slsqp")
-    deep, _ = run_chain("(cmaes(evaluations=15))(evaluations=1000) > (slsqp)(steps=1000)")
+    flat, _ = run_chain("cma.cmaes(evaluations=15) > slsqp")
+    deep, _ = run_chain("(cma.cmaes(evaluations=15))(evaluations=1000) > (slsqp)(steps=1000)")
     assert (flat.best_loss, flat.evaluations, flat.forward_equivalents) == (
         deep.best_loss,
         deep.evaluations,
@@ -92,10 +92,10 @@ def test_a_group_without_an_effective_limit_changes_nothing() -> None:
 
 
 def test_needs_are_those_of_its_parts() -> None:
-    chain = method("pso(evaluations=9) > (torch.adam > slsqp)(steps=5)")
+    chain = method("pyswarm.pso(evaluations=9) > (torch.adam > slsqp)(steps=5)")
     assert chain.needs == {Need.BOUNDS, Need.GRADIENT}
     assert Need.GRADIENT in chain.uses
-    assert method("slsqp > cmaes").needs == frozenset()
+    assert method("slsqp > cma.cmaes").needs == frozenset()
     for again in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
         assert (again, again.needs) == (chain, chain.needs)
 
@@ -105,7 +105,7 @@ def test_needs_are_those_of_its_parts() -> None:
 
 def test_stage_budgets_are_exact() -> None:
     result, loss = run_chain(
-        "cmaes(evaluations=55) > pso(swarmsize=6, evaluations=44) > slsqp(evaluations=20)", 500
+        "cma.cmaes(evaluations=55) > pyswarm.pso(swarmsize=6, evaluations=44) > slsqp(evaluations=20)", 500
     )
     assert [s.spent["evaluations"] for s in result.stages] == [55, 44, 20]
     assert [s.reason for s in result.stages] == [Reason.EVALUATIONS] * 3
@@ -122,7 +122,7 @@ def test_stage_budgets_are_exact() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 12.5, 30])
 def test_stage_forward_equivalents_are_never_exceeded(limit: float) -> None:
-    result, _ = run_chain(f"slsqp(forward_equivalents={limit}) > cmaes(evaluations=8)", 500)
+    result, _ = run_chain(f"slsqp(forward_equivalents={limit}) > cma.cmaes(evaluations=8)", 500)
     first = result.stages[0]
     assert limit - 3 < first.spent["forward_equivalents"] <= limit
     assert first.reason is Reason.FORWARD_EQUIVALENTS
@@ -136,7 +136,7 @@ def test_a_stage_that_can_afford_nothing_is_passed_over() -> None:
 
 
 def test_stage_steps() -> None:
-    result, loss = run_chain("cmaes(popsize=5, steps=3) > torch.adam(lr=0.1, steps=4) > slsqp(steps=2)")
+    result, loss = run_chain("cma.cmaes(popsize=5, steps=3) > torch.adam(lr=0.1, steps=4) > slsqp(steps=2)")
     assert [s.spent["evaluations"] for s in result.stages] == [15, 4, 2]
     assert [s.reason for s in result.stages] == [Reason.STEPS] * 3
     assert result.steps == 9
@@ -144,7 +144,7 @@ def test_stage_steps() -> None:
 
 
 def test_stage_target() -> None:
-    result, loss = run_chain("torch.adam(lr=0.1, target=20) > cmaes(target=5) > slsqp(ftol=1e-12)", 5000)
+    result, loss = run_chain("torch.adam(lr=0.1, target=20) > cma.cmaes(target=5) > slsqp(ftol=1e-12)", 5000)
     values = [float.fromhex(e.loss) for e in loss.path]
     first, second = (s.spent["evaluations"] for s in result.stages[:2])
     assert [s.reason for s in result.stages] == [Reason.TARGET, Reason.TARGET, Reason.CONVERGED]
@@ -161,8 +161,8 @@ def test_the_runs_own_target_ends_the_chain() -> None:
 
 
 def test_nested_limits_hold_at_every_level() -> None:
-    inner = "(pso(swarmsize=5, evaluations=12) > torch.adam(lr=0.1, evaluations=30))(evaluations=22)"
-    result, loss = run_chain(f"({inner} > cmaes)(forward_equivalents=60) > slsqp(evaluations=4)", 5000)
+    inner = "(pyswarm.pso(swarmsize=5, evaluations=12) > torch.adam(lr=0.1, evaluations=30))(evaluations=22)"
+    result, loss = run_chain(f"({inner} > cma.cmaes)(forward_equivalents=60) > slsqp(evaluations=4)", 5000)
     outer, last = result.stages
     assert outer.spent["forward_equivalents"] == 60  # 12 + 10 * 3 + 18 * 1
     assert outer.spent["evaluations"] == 12 + 10 + 18
@@ -173,8 +173,8 @@ def test_nested_limits_hold_at_every_level() -> None:
 
 @pytest.mark.parametrize("budget", [1, 12, 13, 22, 23, 40, 41, 44])
 def test_the_runs_own_budget_cuts_any_stage(budget: int) -> None:
-    inner = "(pso(swarmsize=5, evaluations=12) > torch.adam(lr=0.1, evaluations=30))(evaluations=22)"
-    text = f"({inner} > cmaes)(forward_equivalents=60) > slsqp(evaluations=4)"
+    inner = "(pyswarm.pso(swarmsize=5, evaluations=12) > torch.adam(lr=0.1, evaluations=30))(evaluations=22)"
+    text = f"({inner} > cma.cmaes)(forward_equivalents=60) > slsqp(evaluations=4)"
     _, long = run_chain(text, 5000)
     result, loss = run_chain(text, budget)
     assert loss.path == long.path[:budget]
@@ -183,7 +183,7 @@ def test_the_runs_own_budget_cuts_any_stage(budget: int) -> None:
 
 
 def test_a_stage_that_ends_by_itself_leaves_its_budget_to_the_rest() -> None:
-    result, _ = run_chain("slsqp(evaluations=400) > cmaes(evaluations=10)", 5000)
+    result, _ = run_chain("slsqp(evaluations=400) > cma.cmaes(evaluations=10)", 5000)
     assert result.stages[0].reason is Reason.CONVERGED
     assert result.stages[0].message == "Optimization terminated successfully"
     assert result.stages[0].spent["evaluations"] < 100
@@ -193,8 +193,8 @@ def test_a_stage_that_ends_by_itself_leaves_its_budget_to_the_rest() -> None:
 # -- handing over ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["cmaes", "pso(swarmsize=6)", "dual_annealing", "torch.adam(lr=0.3)", "torch.lbfgs",
-                                   "slsqp(gradients=differences)"])  # fmt: skip
+@pytest.mark.parametrize("first", ["cma.cmaes", "pyswarm.pso(swarmsize=6)", "dual_annealing", "torch.adam(lr=0.3)",
+                                   "torch.lbfgs", "slsqp(gradients=differences)"])  # fmt: skip
 @pytest.mark.parametrize("second", ["slsqp", "torch.adam", "torch.lbfgs", "dual_annealing"])
 def test_each_stage_starts_at_the_best_point_so_far(first: str, second: str) -> None:
     """Probes count: whatever was evaluated and was the lowest."""
@@ -211,12 +211,14 @@ def test_a_stage_that_finds_nothing_better_hands_on_what_it_was_given() -> None:
         return rosenbrock(x) + (100.0 if 10 < len(calls) <= 30 else 0.0)
 
     _, seen = run_chain(
-        "cmaes(evaluations=10) > pso(evaluations=20, swarmsize=5) > slsqp", 40, loss=Recorded(loss)
+        "cma.cmaes(evaluations=10) > pyswarm.pso(evaluations=20, swarmsize=5) > slsqp",
+        40,
+        loss=Recorded(loss),
     )
     assert points(seen.path)[30] == best_point(seen.path[:10])
 
 
-@pytest.mark.parametrize("dark", ["pso(evaluations=10, swarmsize=5)", "torch.adam(evaluations=4)"])
+@pytest.mark.parametrize("dark", ["pyswarm.pso(evaluations=10, swarmsize=5)", "torch.adam(evaluations=4)"])
 def test_a_stage_without_a_finite_loss_hands_on_what_it_was_given(dark: str) -> None:
     calls: list[int] = []
 
@@ -226,8 +228,8 @@ def test_a_stage_without_a_finite_loss_hands_on_what_it_was_given(dark: str) -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, seen = run_chain(f"cmaes(evaluations=10) > {dark} > slsqp", 40, loss=Recorded(loss))
-    after = 20 if "pso" in dark else 14
+        _, seen = run_chain(f"cma.cmaes(evaluations=10) > {dark} > slsqp", 40, loss=Recorded(loss))
+    after = 20 if "pyswarm.pso" in dark else 14
     assert points(seen.path)[after] == best_point(seen.path[:10])
 
 
@@ -240,12 +242,12 @@ def test_a_first_stage_without_a_finite_loss_hands_on_the_start() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, seen = run_chain("pso(evaluations=10, swarmsize=5) > slsqp", 40, loss=Recorded(loss))
+        _, seen = run_chain("pyswarm.pso(evaluations=10, swarmsize=5) > slsqp", 40, loss=Recorded(loss))
     assert points(seen.path)[10] == X0
 
 
 def test_a_handed_over_point_is_the_chains_best_until_it_is_beaten() -> None:
-    chain = method("pso(swarmsize=4, evaluations=8) > slsqp(evaluations=1)")
+    chain = method("pyswarm.pso(swarmsize=4, evaluations=8) > slsqp(evaluations=1)")
     objective = hybridopt.Objective(rosenbrock, torch.tensor(X0, dtype=torch.float64), 100, bounds=BOX)
     optimum = np.ones(3)
     run = chain.start(objective.vector, 3, HandOver(optimum, 0.0))
@@ -259,7 +261,7 @@ def test_a_handed_over_point_is_the_chains_best_until_it_is_beaten() -> None:
     assert last.reason is Reason.EVALUATIONS or last.reason is None
 
 
-@pytest.mark.parametrize("second", ["slsqp", "pso", "torch.adam", "torch.lbfgs"])
+@pytest.mark.parametrize("second", ["slsqp", "pyswarm.pso", "torch.adam", "torch.lbfgs"])
 def test_the_incumbent_between_two_stages(second: str) -> None:
     """A run that stops when a stage has begun but evaluated nothing returns the point which that would start from."""
     result, loss = run_chain(f"torch.adam(lr=0.1, steps=5) > {second}", 5)
@@ -284,7 +286,7 @@ def test_a_noisy_loss_is_handed_on_where_the_method_stands() -> None:
 
 def test_seeds_of_stages() -> None:
     """The first stage has the chain's own seed, so that a chain of one is the method; later ones have derived ones."""
-    run, _ = start(method("cmaes(evaluations=7) > cmaes(evaluations=7) > cmaes"), 30, seed=11)
+    run, _ = start(method("cma.cmaes(evaluations=7) > cma.cmaes(evaluations=7) > cma.cmaes"), 30, seed=11)
     seeds: dict[int, int] = {}
     with run:
         for _ in run:
@@ -300,9 +302,9 @@ def test_seeds_of_stages() -> None:
 @pytest.mark.parametrize(
     "text, error",
     [
-        ("torch.adam(evaluations=50) > pso", BoundsError),
+        ("torch.adam(evaluations=50) > pyswarm.pso", BoundsError),
         ("torch.adam(evaluations=50) > (slsqp > dual_annealing)(steps=9)", BoundsError),
-        ("torch.adam(evaluations=50) > pso(maxiter=1_000_000_000)", MemoryLimit),
+        ("torch.adam(evaluations=50) > pyswarm.pso(maxiter=1_000_000_000)", MemoryLimit),
         ("slsqp > torch.adam(lr=-1.0)", MethodError),
     ],
 )
@@ -315,7 +317,7 @@ def test_what_cannot_begin_is_refused_before_anything_is_spent(text: str, error:
 
 
 def test_stage_reports_tell_what_happened() -> None:
-    run, _ = start(method("cmaes(popsize=5, steps=2) > slsqp"), 500)
+    run, _ = start(method("cma.cmaes(popsize=5, steps=2) > slsqp"), 500)
     for _ in range(4):
         run.step()
     first, second = run.optimizer.reports
@@ -331,13 +333,13 @@ def test_notes_of_all_stages() -> None:
         return rosenbrock(x).detach()
 
     result, _ = run_chain(
-        "slsqp(evaluations=9) > cmaes(evaluations=9) > dual_annealing", 90, loss=Recorded(loss)
+        "slsqp(evaluations=9) > cma.cmaes(evaluations=9) > dual_annealing", 90, loss=Recorded(loss)
     )
     assert len([n for n in result.notes if "autograd refused" in n]) == 2
 
 
 def test_ended_and_closed() -> None:
-    run, _ = start(method("cmaes(evaluations=7) > slsqp(steps=1)"), 500)
+    run, _ = start(method("cma.cmaes(evaluations=7) > slsqp(steps=1)"), 500)
     while run.step() is not None:
         pass
     with pytest.raises(ClosedError, match="it has ended or was closed"):
@@ -345,9 +347,11 @@ def test_ended_and_closed() -> None:
     run.finish()
 
 
-@pytest.mark.parametrize("other", ["cmaes(evaluations=8) > slsqp", "cmaes(evaluations=7) > slsqp(ftol=1e-9)"])
+@pytest.mark.parametrize(
+    "other", ["cma.cmaes(evaluations=8) > slsqp", "cma.cmaes(evaluations=7) > slsqp(ftol=1e-9)"]
+)
 def test_changed_stages_are_refused(other: str) -> None:
-    run, _ = start(method("cmaes(evaluations=7) > slsqp"), 50)
+    run, _ = start(method("cma.cmaes(evaluations=7) > slsqp"), 50)
     run.step()
     fresh, _ = start(method(other), 50)
     with pytest.raises(StateError, match="it was saved by"):
@@ -357,7 +361,7 @@ def test_changed_stages_are_refused(other: str) -> None:
 
 
 def test_a_run_copied_in_its_second_stage() -> None:
-    text = method("cmaes(evaluations=17) > dual_annealing")
+    text = method("cma.cmaes(evaluations=17) > dual_annealing")
     expected = whole(text, 60)
     run, loss = start(text, 60)
     for _ in range(30):
