@@ -112,9 +112,8 @@ class Recorder:
 
 def begin(case: Case, budget: Any = None) -> tuple[Run, Recorder]:
     loss, target, bounds = PROBLEMS[case.problem]()
-    run = Run(
-        loss, target, case.method, budget=case.budget if budget is None else budget, bounds=bounds, seed=9
-    )
+    limit = case.budget if budget is None else budget
+    run = Run(loss, target, case.method, budget=limit, bounds=bounds, seed=9, batch="loop")
     return run, Recorder(run)
 
 

@@ -31,7 +31,7 @@ class Counted:
             self.calls[-1] += 1
             return problem.loss(model)
 
-        return dataclasses.replace(problem, loss=loss)
+        return dataclasses.replace(problem, loss=loss, batch="loop")
 
 
 @pytest.fixture(scope="module")

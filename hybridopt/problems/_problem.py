@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from hybridopt.batch import Choice
 from hybridopt.errors import HybridoptError
 
 
@@ -25,6 +26,7 @@ class Problem:
             box, and a method that needs one is refused.
         surrogate: a differentiable stand-in, used for gradients only.
         select: which of a model's weights are optimized; None = all that require gradients.
+        batch: how populations are evaluated, see `hybridopt.Objective`; `"loop"` for a loss that counts its calls.
         best_known: the lowest loss that anybody has reported, or None.
         description: one sentence.
 
@@ -40,6 +42,7 @@ class Problem:
     bounds: Any = None
     surrogate: Callable[..., Any] | None = None
     select: Any = None
+    batch: Choice = "auto"
     best_known: float | None = None
     description: str = ""
 
