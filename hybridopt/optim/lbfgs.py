@@ -32,6 +32,7 @@ class LBFGS(Chosen, torch.optim.LBFGS):
     Args:
         params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn: as in torch;
             one parameter group.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         implementation: `"auto"` (default), `"foreach"`, `"fused"`: the above where the flat gradient is float32 or
             float64, else torch's step; `"reference"`: torch's step. `repr` says which ran.
 
@@ -61,6 +62,8 @@ class LBFGS(Chosen, torch.optim.LBFGS):
         history_size: int = 100,
         line_search_fn: str | None = None,
         *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         implementation: Implementation = "auto",
     ) -> None:
         torch.optim.LBFGS.__init__(
@@ -74,7 +77,7 @@ class LBFGS(Chosen, torch.optim.LBFGS):
             history_size,
             line_search_fn,
         )
-        self._choose(implementation, None, None)
+        self._choose(implementation, foreach, fused)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,9 @@ class SparseAdam(Chosen, torch.optim.SparseAdam):
 
     Args:
         params, lr, betas, eps, maximize: as in torch.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         implementation: `"auto"` (default) and `"foreach"`: gathered rows, on any device; `"reference"`: torch's own
-            step; `"fused"`: not there, gathered rows run instead. `repr` says which.
+            step; `"fused"`: not there, gathered rows run instead after one warning. `repr` says which.
 
     Example:
         >>> import torch, hybridopt
@@ -46,10 +48,12 @@ class SparseAdam(Chosen, torch.optim.SparseAdam):
         eps: float = 1e-8,
         maximize: bool = False,
         *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         implementation: Implementation = "auto",
     ) -> None:
         torch.optim.SparseAdam.__init__(self, params, lr, betas, eps, maximize)
-        self._choose(implementation, None, None)
+        self._choose(implementation, foreach, fused)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -64,9 +68,14 @@ class SparseAdam(Chosen, torch.optim.SparseAdam):
         if self._implementation == "reference":
             self._say("torch's own code")
             return inspect.unwrap(torch.optim.SparseAdam.step)(self, closure)  # hooks have run around us
-        self._say(
-            "gathered rows" + (": there is no compiled loop" if self._implementation == "fused" else "")
-        )
+        self._say("gathered rows")
+        if self._implementation == "fused" and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "SparseAdam: fused was asked for, but there is no compiled loop over rows; gathered rows run instead",
+                RuntimeWarning,
+                stacklevel=3,  # torch's profiling wrapper is between
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -286,7 +286,8 @@ def test_gradients_may_be_overwritten_in_place(zero: str) -> None:
 
 def test_signature_and_errors_are_torchs() -> None:
     mine, torchs = (dict(inspect.signature(c).parameters) for c in (LBFGS, torch.optim.LBFGS))
-    assert mine.pop("implementation").kind is inspect.Parameter.KEYWORD_ONLY
+    for key in ("foreach", "fused", "implementation"):
+        assert mine.pop(key).kind is inspect.Parameter.KEYWORD_ONLY
     assert [(k, p.default) for k, p in mine.items()] == [(k, p.default) for k, p in torchs.items()]
     x = torch.ones(1, requires_grad=True)
     cases: list[tuple[Any, dict[str, Any]]] = [
