@@ -113,7 +113,7 @@ class Tracker:
         >>> _ = hybridopt.minimize(f, np.ones(2), "cmaes", budget=20, seed=0, tracker=tracker)
         >>> _ = hybridopt.minimize(f, np.ones(2), "slsqp", budget=20, seed=0, tracker=tracker)
         >>> [(log.label, len(log)) for log in tracker.runs]
-        [('cma.cmaes', 20), ('scipy.slsqp', 7)]
+        [('cmaes', 20), ('scipy.slsqp', 7)]
     """
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ class SHGO(BlockingMethod):
         >>> import numpy as np, hybridopt
         >>> from hybridopt_scipy import SHGO
         >>> f = lambda x: float((x**2 - np.cos(9 * x)).sum())
-        >>> r = hybridopt.minimize(f, np.ones(2), SHGO(iters=3), budget=500, bounds=(-2, 1))
+        >>> r = hybridopt.minimize(f, np.ones(2), SHGO(sampling_method="sobol", n=64), budget=500, bounds=(-2, 1))
         >>> round(r.best_loss, 6)
         -2.0
     """
