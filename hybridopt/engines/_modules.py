@@ -10,10 +10,45 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from hybridopt.engines._translate import Untranslatable
+from hybridopt.engines._variant import Variant
+from hybridopt.rules import Rule
+
+
+class Variants:
+    """Variants of rules, each made once, by one thread at a time.
+
+    Args:
+        make: a variant's module; where it raises `Untranslatable`, so does every later call: a second try would take
+            as long.
+    """
+
+    def __init__(self, make: Callable[[Rule, Variant], ModuleType]) -> None:
+        self._make = make
+        self._found: dict[tuple[Rule, Variant], ModuleType | str] = {}
+        self.making = threading.Lock()
+
+    def __call__(self, rule: Rule, variant: Variant) -> ModuleType:
+        """The module of a variant."""
+        key = (rule, variant)
+        found = self._found.get(key)
+        if found is None:
+            with self.making:
+                found = self._found.get(key)
+                if found is None:
+                    try:
+                        found = self._make(rule, variant)
+                    except Untranslatable as error:
+                        found = str(error)
+                    self._found[key] = found
+        if isinstance(found, str):
+            raise Untranslatable(found)
+        return found
 
 
 def cache_folder(engine: str) -> Path:

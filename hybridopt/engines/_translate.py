@@ -116,7 +116,10 @@ class _Folder(ast.NodeTransformer):
         return ast.UnaryOp(node.op, operand)
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
-        left, right = self.visit(node.left), self.visit(node.right)
+        left = self.visit(node.left)
+        if isinstance(node.op, ast.Pow) and isinstance(node.right, ast.Constant) and node.right.value == 2:
+            return ast.BinOp(left, ast.Mult(), left)  # as torch does it
+        right = self.visit(node.right)
         name = {ast.Div: "div", ast.Pow: "pow"}.get(type(node.op)) if self.calls else None
         if name is None:
             return ast.BinOp(left, node.op, right)

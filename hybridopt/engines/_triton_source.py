@@ -81,7 +81,10 @@ def {prefix}div(a, b):
     return {divide}
 @triton.jit
 def {prefix}pow(a, b):
-    return tl.exp(b * tl.log(a + 0.0 * b))
+    size = tl.exp(b * tl.log(tl.abs(a + 0.0 * b)))
+    half = (0.0 * a + b) * 0.5
+    below = tl.where(half == tl.floor(half), size, tl.where(half * 2 == tl.floor(half * 2), -size, float("nan")))
+    return tl.where(half == 0, 1.0, tl.where(a < 0, below, size))
 @triton.jit
 def {prefix}exp(x):
     return tl.exp(x)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from hybridopt.engines._modules import load
+from hybridopt.engines._modules import Variants, load
 from hybridopt.engines._numba_source import module_source, squares_source, width
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._variant import Variant
@@ -39,7 +39,8 @@ def converts_float16() -> bool:
     from llvmlite import binding
 
     features = binding.get_host_cpu_features()
-    return features.get("f16c", False) or "aarch64" in binding.get_process_triple()
+    triple: str = binding.get_process_triple()
+    return features.get("f16c", False) or triple.startswith(("aarch64", "arm64"))
 
 
 def compiled(rule: Rule, variant: Variant) -> ModuleType:
@@ -48,38 +49,23 @@ def compiled(rule: Rule, variant: Variant) -> ModuleType:
     Raises:
         Untranslatable: the rule's source is not available, uses what cannot be compiled, or numba failed.
     """
-    key = (rule, variant)
-    found = _modules.get(key)
-    if found is None:
-        with _compiling:  # numba compiles one at a time anyway
-            found = _modules.get(key)
-            if found is None:
-                try:
-                    found = _compile(rule, variant)
-                except Untranslatable as error:
-                    found = str(error)
-                _modules[key] = found
-    if isinstance(found, str):
-        raise Untranslatable(found)
-    return found
+    return _variants(rule, variant)
 
 
 @functools.cache
 def squares(dtype: str) -> ModuleType:
     """A module whose `run(block)` sums squares over pieces; see `squares_source`."""
-    with _compiling:
+    with _variants.making:
         return _load(squares_source(dtype))
-
-
-# why not, where it failed: a second try would take as long
-_modules: dict[tuple[Rule, Variant], ModuleType | str] = {}
-_compiling = threading.Lock()
 
 
 def _compile(rule: Rule, variant: Variant) -> ModuleType:
     if "float16" in (variant.weight, variant.gradient, *variant.states) and not converts_float16():
         raise Untranslatable("this processor does not convert float16")
     return _load(module_source(rule, variant))
+
+
+_variants = Variants(_compile)  # numba compiles one at a time anyway
 
 
 def _load(source: str) -> ModuleType:
@@ -95,9 +81,8 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """A forked child has the parent's pool and lock, but none of the threads that serve and hold them."""
-    global _compiling
     pool.cache_clear()
-    _compiling = threading.Lock()
+    _variants.making = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import threading
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from hybridopt.engines._modules import load
+from hybridopt.engines._modules import Variants, load
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._triton_source import module_source, squares_source
 from hybridopt.engines._variant import Variant
@@ -37,14 +36,7 @@ def compiled(rule: Rule, variant: Variant) -> ModuleType:
     Raises:
         Untranslatable: the rule's source is not available, or uses what a kernel cannot express.
     """
-    key = (rule, variant)
-    found = _modules.get(key)
-    if found is None:
-        with _loading:
-            found = _modules.get(key)
-            if found is None:
-                found = _modules[key] = _load(module_source(rule, variant, interpreted()))
-    return found
+    return _variants(rule, variant)
 
 
 @functools.cache
@@ -53,8 +45,8 @@ def squares(dtype: str) -> ModuleType:
     return _load(squares_source(dtype))
 
 
-_modules: dict[tuple[Rule, Variant], ModuleType] = {}
-_loading = threading.Lock()
+def _compile(rule: Rule, variant: Variant) -> ModuleType:
+    return _load(module_source(rule, variant, interpreted()))
 
 
 def _load(source: str) -> ModuleType:
@@ -62,3 +54,6 @@ def _load(source: str) -> ModuleType:
         return load(source, "gpu", "Triton", version("triton"))
     except PackageNotFoundError as error:
         raise Untranslatable("Triton is not installed") from error
+
+
+_variants = Variants(_compile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from operator import is_
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
-from hybridopt.optim._extras import Extras, StepOptions
+from hybridopt.engines._noise import GOLDEN
+from hybridopt.errors import MethodError
+from hybridopt.optim._extras import HALVES, Extras, StepOptions
 from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._implementation import Chosen
 from hybridopt.optim._plan import FirstStep, Ineligible, Plan, plans_for
@@ -42,6 +45,7 @@ class FusedStep(Chosen):
     _guarded = False  # gradients are read before the step
     _unscaling = False
     _shards: Shards | None = None
+    _shard_numbers: Mapping[Tensor, int] = MappingProxyType({})
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
     _skipped: int | Tensor = 0
 
@@ -64,9 +68,11 @@ class FusedStep(Chosen):
         """Names of the elementwise states of a group."""
         return self.rule.active(dict(zip(self.rule.flags, map(bool, self._flags(group)), strict=True)))
 
-    def _first(self, index: int) -> int:
-        """The number, in the whole optimizer, of a group's first weight."""
-        return sum(len(group["params"]) for group in self.param_groups[:index])
+    def _streams(self, index: int) -> list[int]:
+        """What makes the noise of each weight of a group its own: its number in the optimizer, and its shard's."""
+        first = sum(len(group["params"]) for group in self.param_groups[:index])
+        params = self.param_groups[index]["params"]
+        return [number + GOLDEN * self._shard_numbers.get(p, 0) for number, p in enumerate(params, first)]
 
     def _configure(
         self, options: StepOptions, foreach: bool | None = None, fused: bool | None = None
@@ -149,10 +155,16 @@ class FusedStep(Chosen):
 
     def _elsewhere(self, factor: float | None) -> None:
         """The step where no compiled loop runs: torch's own, on wider copies where numbers are stored in 16 bits."""
-        extras = self._extras
-        if factor is not None or any(
-            extras.widens(p.dtype) for group in self.param_groups for p in group["params"]
-        ):
+        extras, groups = self._extras, self.param_groups
+        copies = factor is not None or extras.stored
+        if any(group.get("differentiable") for group in groups):
+            if copies:
+                raise MethodError(
+                    f"{type(self).__name__}: differentiable=True cannot be joined with max_grad_norm, state_dtype, "
+                    "stochastic_rounding or kahan_sum, whose copies have no gradient; leave one of them out"
+                )
+            self._torch_step()
+        elif copies or any(p.dtype in HALVES for group in groups for p in group["params"]):
             wide_step(self, self._torch_step, factor)
         else:
             self._torch_step()

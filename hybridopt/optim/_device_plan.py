@@ -36,8 +36,8 @@ class DevicePlan(Plan):
         self.tables = self._send(torch.tensor(self.table, dtype=torch.int64))
         coefficients = len(optimizer.rule.coefficients) + len(self.extras) + int(self.variant.stochastic)
         self.numbers = torch.zeros(max(1, self.size * coefficients), dtype=torch.float64, device=self.device)
-        self.told = torch.tensor(self.hyper, dtype=torch.float64)
-        self.hypers_there = self._send(self.told.clone())
+        self.told: list[float | None] = []
+        self.hypers_there = self._send(torch.tensor(self.hyper, dtype=torch.float64))
         self.tensors: list[tuple[int, Tensor]] = []
         self.gradients_there = torch.zeros(max(1, self.size), dtype=torch.int64, device=self.device)
         self.never = torch.zeros(1, dtype=torch.float32, device=self.device)
@@ -78,8 +78,11 @@ class DevicePlan(Plan):
 
     def _blocks(self, members: Sequence[int]) -> Tensor:
         """(tensor, number of the block) for every block of some tensors."""
-        blocks = [(t, k) for t in members for k in range(-(-self.numels[t] // BLOCK))]
-        return self._send(torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2))
+        counts = torch.tensor([-(-self.numels[t] // BLOCK) for t in members], dtype=torch.int64)
+        tensors = torch.tensor(members, dtype=torch.int64).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        blocks = torch.stack([tensors, torch.arange(len(tensors)) - first], dim=1)
+        return self._send(blocks.to(torch.int32))
 
     def _refuses(self, group: Mapping[str, Any]) -> str:
         for key, value in group.items():
@@ -92,13 +95,11 @@ class DevicePlan(Plan):
     def _take(self, hyper: Sequence[Any]) -> None:
         """Numbers are sent when they change; tensors are copied on the device at every step, also by a graph."""
         self.tensors = [(i, value) for i, value in enumerate(hyper) if isinstance(value, Tensor)]
-        values = self.told.clone()
-        for i, value in enumerate(hyper):
-            if not isinstance(value, Tensor):
-                values[i] = float(value)
-        if not torch.equal(values, self.told) or not self.options:
+        values = [None if isinstance(value, Tensor) else float(value) for value in hyper]
+        if values != self.told:
             self.told = values
-            self.hypers_there.copy_(self._send(values))
+            there = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
+            self.hypers_there[: self.hypers].copy_(self._send(there))
 
     def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
         """See `Plan.run`."""

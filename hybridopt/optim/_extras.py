@@ -63,9 +63,10 @@ class Extras:
         """Whether a weight of this dtype has a `kahan_comp`."""
         return self.kahan_sum and weight in HALVES
 
-    def widens(self, weight: torch.dtype) -> bool:
-        """Whether a weight of this dtype, or its states, are not stored as they are computed."""
-        return weight in HALVES or (self.state_dtype is not None and self.state_dtype is not weight)
+    @property
+    def stored(self) -> bool:
+        """Whether something was said about how weights and states are stored."""
+        return self.state_dtype is not None or self.stochastic_rounding or self.kahan_sum
 
     @classmethod
     def of(cls, name: str, options: dict[str, Any]) -> Extras:
@@ -81,14 +82,20 @@ class Extras:
                 f"{name}: unknown option {', '.join(unknown)}; beside its own it takes implementation, "
                 f"{', '.join(sorted(known))}"
             )
+        norm = options.get("max_grad_norm")
+        if norm is not None:
+            try:
+                limit = math.nan if isinstance(norm, bool | str) else float(norm)
+            except (TypeError, ValueError, RuntimeError):  # a list, a tensor of several numbers
+                limit = math.nan
+            if not 0 < limit < math.inf:
+                raise MethodError(f"{name}: expected max_grad_norm > 0, got {norm!r}")
+            options = {**options, "max_grad_norm": limit}
         extras = cls(**options)
         if extras.state_dtype is not None and extras.state_dtype not in _FLOATS:
             raise MethodError(
                 f"{name}: expected state_dtype to be a torch float dtype, got {extras.state_dtype!r}"
             )
-        norm = extras.max_grad_norm
-        if norm is not None and (isinstance(norm, bool) or not 0 < float(norm) < math.inf):
-            raise MethodError(f"{name}: expected max_grad_norm > 0, got {norm!r}")
         if extras.nonfinite not in ("ignore", "skip", "raise"):
             raise MethodError(
                 f"{name}: expected nonfinite to be ignore, skip or raise, got {extras.nonfinite!r}"

@@ -60,7 +60,8 @@ def _step(
             optimizer._skipped += 1
             return
         if extras.max_grad_norm is not None:
-            factor = min(1.0, extras.max_grad_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s
+            factor = extras.max_grad_norm / (norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
+            factor = 1.0 if factor > 1 else factor  # nan stays
     if plans is None:
         optimizer._elsewhere(factor)
     else:
@@ -80,10 +81,12 @@ def _step_on_device(
         norm = torch.stack([torch.as_tensor(plan.square_sum()) for plan in plans]).sum().sqrt()
         if scale is not None:
             norm = norm / scale.abs()
-        if extras.nonfinite == "raise" and not bool(norm.isfinite()):
+        bad = (~norm.isfinite()).reshape(1)
+        if skip is not None:  # a step that a GradScaler leaves out is neither refused nor counted here
+            bad = bad & (skip == 0)
+        if extras.nonfinite == "raise" and bool(bad):
             raise _refused(optimizer)
         if extras.nonfinite == "skip":
-            bad = (~norm.isfinite()).reshape(1)
             skip = bad.float() if skip is None else torch.maximum(skip, bad.float())
             if not isinstance(optimizer._skipped, Tensor):
                 optimizer._skipped = torch.full((1,), optimizer._skipped, device=bad.device)
@@ -101,8 +104,7 @@ def _refused(optimizer: FusedStep) -> NonFiniteLoss:
 
 
 def _gradients(optimizer: FusedStep) -> list[Tensor]:
-    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return [g if g.layout is torch.strided else g.coalesce().values() for g in found]
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _unscale(optimizer: FusedStep, scale: float) -> None:
@@ -111,8 +113,9 @@ def _unscale(optimizer: FusedStep, scale: float) -> None:
 
 
 def _square_sum(optimizer: FusedStep) -> float:
-    norms = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).item() for g in _gradients(optimizer)]
-    return math.fsum(n * n for n in norms) if all(map(math.isfinite, norms)) else math.nan
+    dense = [g if g.layout is torch.strided else g.coalesce().values() for g in _gradients(optimizer)]
+    norms: list[float] = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).item() for g in dense]
+    return sum(n * n for n in norms)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -103,20 +103,20 @@ class Plan(abc.ABC):
         self.hypers = len(rule.hyper)
         self.extras = self.variant.extras
         self.hyper = array("d", [*[0.0] * self.hypers, *[1.0] * len(self.extras), *seed] or [0.0])
-        self.table = self._table([i for i, member in enumerate(members) if member], optimizer._first(index))
+        self.table = self._table(list(compress(optimizer._streams(index), members)))
 
     def _states(self) -> Iterable[Tensor]:
         found = map(self.get_states, self.entries)
         return chain.from_iterable(found) if len(self.names) > 1 else found
 
-    def _table(self, members: Sequence[int], first: int) -> array[int]:
-        """Rows (elements, per-tensor numbers, weight, states, [the tensor's number in the optimizer])."""
+    def _table(self, streams: Sequence[int]) -> array[int]:
+        """Rows (elements, per-tensor numbers, weight, states, [what makes its noise its own])."""
         table, width, split = array("q"), len(self.names), self.counters
-        for t, member in enumerate(members):
+        for t, stream in enumerate(streams):
             states = self.addresses[self.size + t * width : self.size + (t + 1) * width]
             table.extend([self.numels[t], *states[:split], self.addresses[t], *states[split:]])
             if self.variant.stochastic:
-                table.append(first + member)
+                table.append(stream)
         return table
 
     # -- every step -----------------------------------------------------------------------------------------------
@@ -283,8 +283,9 @@ def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
         _engine(device)
     kinds = [None if p.grad is None else kind_of(optimizer, p, flags) for p in params]
     found = list(dict.fromkeys(kind for kind in kinds if kind is not None))
-    if not found:
-        found = [Kind(torch.device("cpu"), torch.float32, torch.float32, (), torch.float32)]
+    if not found:  # a plan of no weights, which notices when one gets a gradient
+        place = params[0].device if params else torch.device("cpu")
+        found = [Kind(place, torch.float32, torch.float32, (), torch.float32)]
     plans: list[Plan] = []
     for kind in found:
         plan = _engine(kind.device.type)(optimizer, index, kind, [k == kind for k in kinds])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hybridopt.engines._noise import GOLDEN
 from hybridopt.errors import MethodError
+from hybridopt.optim._plan import counter_names
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -42,9 +41,6 @@ class Shards:
                 "supported for DTensors; use torch.nn.utils.clip_grad_norm_ before the step"
             )
         self.inner = copy.copy(optimizer)
-        if extras.stochastic_rounding:  # equal places of different shards must not share their noise
-            seed = extras.seed + GOLDEN * torch.distributed.get_rank()
-            self.inner._extras = dataclasses.replace(extras, seed=seed)
         self.inner._plans = None
         self.inner._shards = None
         self.weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -53,6 +49,8 @@ class Shards:
         self.inner.param_groups = [
             {**group, "params": [self.locals[p] for p in group["params"]]} for group in optimizer.param_groups
         ]
+        # equal places of different shards must not share their noise; replicas must
+        self.inner._shard_numbers = {self.locals[p]: _shard_number(p) for p in self.weights}
         self.inner.state = defaultdict(dict)
         self.seen: dict[tuple[int, str], Tensor] = {}
 
@@ -81,16 +79,20 @@ class Shards:
             if grad is not None and _is_sharded(grad) and grad.placements != p.placements:
                 grad = grad.redistribute(placements=p.placements)
             mine.grad = None if grad is None else _local(grad)
-            for name, value in optimizer.state.get(p, {}).items():
+            given = optimizer.state.get(p, {})
+            for name in inner.state.get(mine, {}).keys() - given.keys():
+                del inner.state[mine][name]
+            for name, value in given.items():
                 if self.seen.get((i, name)) is not value:
                     inner.state[mine][name] = _local(value) if isinstance(value, Tensor) else value
         inner._update()
         optimizer._say(f"{inner._used}, on local shards")
+        counters = counter_names(optimizer)
         for i, p in enumerate(self.weights):
             for name, value in inner.state.get(self.locals[p], {}).items():
                 known = self.seen.get((i, name))
                 if known is None or _local(known) is not value or optimizer.state[p].get(name) is not known:
-                    wrapped = _like(value, p)
+                    wrapped = value if name in counters else _like(value, p)
                     self.seen[i, name] = optimizer.state[p][name] = wrapped
 
 
@@ -104,8 +106,20 @@ def _local(tensor: Any) -> Tensor:
     return found
 
 
+def _shard_number(p: Any) -> int:
+    """Which of a weight's shards is here; the same on all ranks that hold this one."""
+    number = 0
+    if _is_sharded(p):
+        mesh = p.device_mesh
+        here = mesh.get_coordinate() or [0] * mesh.ndim  # None on a rank outside, which holds nothing
+        for size, place, placement in zip(mesh.shape, here, p.placements, strict=True):
+            if not placement.is_replicate():
+                number = number * size + place
+    return number
+
+
 def _like(value: Any, p: Any) -> Any:
-    """A state of a shard as a DTensor laid out like its weight; per-tensor numbers stay plain."""
+    """A state of a shard as a DTensor laid out like its weight."""
     if not _is_sharded(p) or not isinstance(value, Tensor) or value.shape != _local(p).shape:
         return value
     from torch.distributed.tensor import DTensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,116 +20,99 @@ if TYPE_CHECKING:
 def wide_step(optimizer: FusedStep, step: Callable[[], None], factor: float | None) -> None:
     """`step` as if 16-bit weights, their gradients and all states were float32, and gradients `factor` times as large.
 
-    Weights get wider memory for the time of the step. If it raises, weights, gradients and states are as before.
+    For the time of the step other tensors stand in the groups: wider copies, or the same memory where nothing is to be
+    widened. The weights themselves never change their dtype, because autograd then forgets the hooks that others (DDP)
+    have put on their gradients. If it raises, 16-bit weights and all gradients are as before.
 
     Args:
         optimizer: whose weights are stepped.
         step: its step in Python, which creates missing states.
         factor: of the gradients; None = 1.
     """
-    lent: list[_Lent] = []
-    number = 0
-    for group in optimizer.param_groups:
+    groups, state = optimizer.param_groups, optimizer.state
+    lists = [group["params"] for group in groups]
+    lent: dict[Tensor, _Lent] = {}
+    for index, group in enumerate(groups):
         active = optimizer._active(group)
-        for p in group["params"]:
+        for p, number in zip(group["params"], optimizer._streams(index), strict=True):
             if p.grad is not None:
-                lent.append(_Lent(optimizer, p, active, number, factor))
-            number += 1
-    done = False
+                lent[p] = _Lent(optimizer, p, active, number, factor)
+    optimizer.state = defaultdict(dict, {one.wide: one.states for one in lent.values() if one.states})
     try:
-        for one in lent:
-            one.widen()
+        for group in groups:
+            group["params"] = [lent[p].wide if p in lent else p for p in group["params"]]
         step()
-        done = True
+        made = optimizer.state
     finally:
-        for one in lent:
-            one.give_back(done)
+        optimizer.state = state
+        for group, params in zip(groups, lists, strict=True):
+            group["params"] = params
+    for one in lent.values():
+        one.give_back(made.get(one.wide, {}))
 
 
 class _Lent:
-    """One weight and its states, in the dtype of the arithmetic while the step runs."""
+    """What stands for one weight and its states while the step runs, in the dtype of the arithmetic."""
 
     def __init__(
         self, optimizer: FusedStep, p: Tensor, active: tuple[str, ...], number: int, factor: float | None
     ) -> None:
+        assert p.grad is not None
         self.extras = optimizer._extras
         self.optimizer = optimizer
         self.p = p
         self.active = active
         self.number = number
-        self.factor = factor
-        self.grad = p.grad
-        self.data = p.data
-        self.entry = dict(optimizer.state[p]) if p in optimizer.state else {}
+        self.before: dict[str, Any] = optimizer.state.get(p, {})
         self.dtype = torch.float32 if p.dtype in HALVES else p.dtype
         self.kahan = self.extras.kahan_for(p.dtype)
-        self.swapped = False
+        wide = p.detach().to(self.dtype)
+        if self.kahan and "kahan_comp" in self.before:
+            wide = wide + self.before["kahan_comp"].to(self.dtype)
+        self.wide = wide.requires_grad_(p.requires_grad)
+        grad = p.grad.to(self.dtype)
+        self.wide.grad = grad if factor is None else grad * factor
+        self.states = {
+            name: value.to(self.dtype) if self._elementwise(name, value) else value
+            for name, value in self.before.items()
+        }
 
-    def widen(self) -> None:
-        p, grad = self.p, self.grad
-        assert grad is not None
-        wide = grad.to(self.dtype) if grad.layout is torch.strided else grad
-        if self.factor is not None:
-            wide = wide * self.factor
-        if wide is not grad or p.dtype is not self.dtype:
-            self.swapped = True
-            p.grad = None
-            if p.dtype is not self.dtype:
-                data = self.data.to(self.dtype)
-                lost = self.entry.get("kahan_comp")
-                p.data = data if lost is None or not self.kahan else data + lost.to(self.dtype)
-            p.grad = wide
-        state = self.optimizer.state[p] if self.entry else {}
-        for name, tensor in self.entry.items():
-            if self._elementwise(name, tensor):
-                state[name] = tensor.to(self.dtype)
-
-    def give_back(self, done: bool) -> None:
-        p = self.p
-        wide = p.data
-        if self.swapped:
-            p.grad = None
-            p.data = self.data
-            p.grad = self.grad
-        if not done:
-            if self.entry:
-                self.optimizer.state[p].update(self.entry)
-            elif p in self.optimizer.state:
-                del self.optimizer.state[p]
-            return
-        entry = self.optimizer.state[p]
+    def give_back(self, states: dict[str, Any]) -> None:
+        """Store the weight, and the states that the step has left."""
+        p, wide = self.p, self.wide.detach()
         if self.extras.stochastic_rounding and not self.optimizer.rule.counts:
-            before = entry.get("step", torch.tensor(0.0, device=p.device))
-            entry["step"] = before + 1
+            states["step"] = states.get("step", torch.tensor(0.0, device=p.device)) + 1
         if p.dtype is not self.dtype:
-            stored = self._stored(wide, p.dtype, 0)
+            stored = self._stored(wide, p.dtype, 0, states)
             p.copy_(stored)
             if self.kahan:
-                entry["kahan_comp"] = (wide - stored.to(self.dtype)).to(p.dtype)
-        for name, tensor in list(entry.items()):
-            if self._elementwise(name, tensor) and name != "kahan_comp":
+                states["kahan_comp"] = (wide - stored.to(self.dtype)).to(p.dtype)
+        for name, tensor in states.items():
+            if self._elementwise(name, tensor):
                 column = self.active.index(name) + 1 if name in self.active else 0
-                before = self.entry.get(name)
+                before = self.before.get(name)
                 dtype = self.extras.state_dtype or (p.dtype if before is None else before.dtype)
-                value = self._stored(tensor, dtype, column)
+                value = self._stored(tensor, dtype, column, states)
                 if before is not None and before.dtype is dtype:  # the state keeps its memory
                     before.copy_(value)
                     value = before
-                entry[name] = value
+                states[name] = value
+        if states:
+            self.optimizer.state[p].update(states)
 
     def _elementwise(self, name: str, tensor: Any) -> bool:
         return (
             isinstance(tensor, Tensor)
             and tensor.is_floating_point()
             and tensor.shape == self.p.shape
-            and name not in ("step", *self.optimizer.rule.scalar_state)
+            and name not in ("step", "kahan_comp", *self.optimizer.rule.scalar_state)
         )
 
-    def _stored(self, x: Tensor, dtype: torch.dtype, column: int) -> Tensor:
+    def _stored(self, x: Tensor, dtype: torch.dtype, column: int, states: dict[str, Any]) -> Tensor:
         if x.dtype is dtype:
             return x
         if self.extras.stochastic_rounding and dtype is torch.bfloat16 and not (self.kahan and column == 0):
-            step = int(self.optimizer.state[self.p]["step"].item())
+            step = int(states["step"].item())
             single = x.to(torch.float32)
             return _noise.rounded(single, _noise.key(self.extras.seed, step, self.number, column))
         return x.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +63,59 @@ def test_same_bits_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_clipping_hands_nan_and_inf_on(bad: float, implementation: str) -> None:
+    """As torch does: a nan makes every weight nan, an infinite norm every other gradient 0."""
+    p, q = (Parameter(torch.ones(3)) for _ in range(2))
+    mine = make("SGD", [p], max_grad_norm=1.0, implementation=implementation)
+    plain = make("SGD", [q])
+    for g in ([1.0, 2.0, 3.0], [bad, 2.0, 3.0]):
+        p.grad, q.grad = torch.tensor(g), torch.tensor(g)
+        torch.nn.utils.clip_grad_norm_([q], 1.0)
+        mine.step()
+        plain.step()
+    torch.testing.assert_close(p, q, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_limit_of_any_number_type(kind: Any) -> None:
+    p = Parameter(torch.ones(4))
+    optimizer = hybridopt.optim.SGD([p], lr=1.0, max_grad_norm=kind(0.5))
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    assert optimizer._used == COMPILED
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_norm_that_overflows(implementation: str) -> None:
+    p = Parameter(torch.ones(70_000, dtype=torch.float64))  # two pieces
+    optimizer = hybridopt.optim.SGD([p], lr=0.1, nonfinite="raise", implementation=implementation)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    p.grad[0] = p.grad[-1] = 1.2e154
+    with pytest.raises(NonFiniteLoss, match="expected a finite norm of all gradients, it overflows"):
+        optimizer.step()
+
+
+def test_sum_of_squares() -> None:
+    """Pieces with and without a rest of 8, starting anywhere, in every dtype."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for sizes in ([0], [1, 7, 8, 9, 31], [65_535, 65_537, 3]):
+            base = torch.randn(1 + sum(sizes)).to(dtype)
+            views = base[1:].split(sizes)
+            params = [Parameter(torch.zeros(n, dtype=dtype)) for n in sizes]
+            optimizer = make("RMSprop", params, max_grad_norm=1.0)
+            for _ in range(2):
+                for p, g in zip(params, views, strict=True):
+                    p.grad = g
+                optimizer.step()
+            told = sum(plan.square_sum() for plan in optimizer._plans)
+            assert told == pytest.approx(base[1:].double().square().sum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -175,6 +229,58 @@ def test_grad_scaler_with_unscale_and_clipping() -> None:
     for other in results[:2]:
         for a, b in zip(other, results[2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_grad_scaler_with_sparse_gradients() -> None:
+    """Uncoalesced ones, which `coalesce` would copy; and clipped, by the norm of their sum."""
+    for limit in (None, 0.5):
+        results = []
+        for scaled in (True, False):
+            torch.manual_seed(0)
+            table = torch.nn.Embedding(5, 2, sparse=scaled)
+            extra: dict[str, Any] = {"max_grad_norm": limit} if limit else {}
+            optimizer = make("SGD", list(table.parameters()), momentum=0.0, lr=0.1, **extra)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+            for _ in range(3):
+                optimizer.zero_grad()
+                scaler.scale(table(torch.tensor([1, 1, 2])).square().sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            results.append(table.weight.detach())
+        torch.testing.assert_close(*results)
+
+
+def test_one_grad_scaler_for_two_optimizers() -> None:
+    """An infinite gradient of one leaves the other's step alone; without a scaler steps go on as plain ones."""
+    params = weights(torch.float32)
+    first, second = make("Adam", params[:2]), make("SGD", params[2:])
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    references = [Parameter(p.detach().clone()) for p in params]
+    plain = make("Adam", references[:2]), make("SGD", references[2:])
+    for step in range(6):
+        give(params, step)
+        give(references, step)
+        scaled = step < 4
+        if scaled:
+            scaler.scale(torch.zeros(()))
+            for p in params:
+                assert p.grad is not None
+                p.grad.mul_(scaler.get_scale())
+        if step == 2:
+            assert params[0].grad is not None
+            params[0].grad[0, 0] = math.inf
+        for mine, other in zip((first, second), plain, strict=True):
+            if scaled:
+                scaler.step(mine)
+            else:
+                mine.step()
+            if step != 2 or other is plain[1]:
+                other.step()
+        if scaled:
+            scaler.update()
+        assert first._used == second._used == COMPILED or step == 0
+    for p, q in zip(params, references, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_counts_and_options_survive_pickling() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import numpy as np
@@ -251,6 +252,35 @@ def test_right_on_average(value: float) -> None:
     assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 2**-16
 
 
+def test_nan_of_any_bits_stays_nan() -> None:
+    """Added noise would carry all ones into the sign, and cutting would make some an infinity."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1] * 50, dtype=torch.int32)
+    assert bool(_noise.rounded(bits.view(torch.float32), 5).isnan().all())
+    p = Parameter(torch.zeros(150))
+    optimizer = make("SGD", [p], stochastic_rounding=True, state_dtype=torch.bfloat16)
+    for step in range(2):
+        p.grad = torch.zeros(150) if step == 0 else bits.view(torch.float32).clone()
+        optimizer.step()
+    assert optimizer._used == COMPILED
+    assert bool(optimizer.state[p]["momentum_buffer"].isnan().all())
+
+
+def test_noise_is_the_same_for_any_number_of_threads() -> None:
+    """Also in the second piece of a tensor."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)  # the fixture of all tests puts it back
+        p = Parameter(torch.ones(300_001, dtype=torch.bfloat16))
+        optimizer = make("SGD", [p], lr=1.0, momentum=0.0, stochastic_rounding=True)
+        for _ in range(2):
+            p.grad = torch.full_like(p, 1e-3)
+            optimizer.step()
+        assert optimizer._used == COMPILED
+        results.append(p.detach().clone())
+    torch.set_num_threads(1)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
 def test_halves_are_exact() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     assert torch.equal(_noise.rounded(x, 5).float(), x)
@@ -354,7 +384,7 @@ def test_error_restores_weights_gradients_and_states(monkeypatch: pytest.MonkeyP
 
     def fail() -> None:
         with torch.no_grad():
-            params[0].add_(1)
+            optimizer.param_groups[0]["params"][0].add_(1)
         raise RuntimeError("torch's own step")
 
     monkeypatch.setattr(optimizer, "_torch_step", fail)
@@ -363,6 +393,155 @@ def test_error_restores_weights_gradients_and_states(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(a, b) for a, b in zip(before, bits(params, optimizer), strict=True))
     assert all(p.dtype is torch.bfloat16 for p in params)
     assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+
+
+def test_hooks_on_gradients_survive() -> None:
+    """DDP's hang on the node that writes `.grad`, of which autograd makes another if a weight changes its dtype."""
+    for options in ({}, {"implementation": "reference"}, {"max_grad_norm": 1.0, "kahan_sum": True}):
+        p = Parameter(torch.ones(3, dtype=torch.bfloat16))
+        node = p.expand_as(p).grad_fn.next_functions[0][0]
+        called = []
+        node.register_hook(lambda *_, called=called: called.append(1))
+        optimizer = make("Adam", [p], **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            (p.float() ** 2).sum().backward()
+            optimizer.step()
+            assert len(called) == step + 1
+
+
+def test_sparse_gradients_of_16_bit_weights() -> None:
+    """As torch's step on float32 copies, rounded."""
+    dense = [Parameter(torch.linspace(-1, 1, 10).reshape(5, 2).bfloat16()) for _ in range(2)]
+    mine, plain = make("SGD", dense[:1], momentum=0.0), make("SGD", dense[1:], momentum=0.0)
+    for _ in range(3):
+        rows, values = torch.tensor([[1, 1, 3]]), torch.randn(3, 2).bfloat16()
+        g = torch.sparse_coo_tensor(rows, values, (5, 2), check_invariants=True)
+        dense[0].grad = g
+        dense[1].grad = g.float().to_dense().bfloat16()
+        mine.step()
+        plain.step()
+    assert "sparse" in mine._used
+    torch.testing.assert_close(dense[0], dense[1], rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "ASGD", "Lion"])
+def test_gradients_that_come_late(name: str) -> None:
+    """A frozen weight joins, another leaves, a group is added: every engine's bits, and each weight's own count."""
+    results = []
+    for implementation in ("auto", "reference"):
+        params = [*weights(torch.bfloat16), Parameter(torch.tensor(0.5, dtype=torch.bfloat16))]
+        optimizer = make(
+            name, params[1:], kahan_sum=True, stochastic_rounding=True, implementation=implementation
+        )
+        for step in range(8):
+            if step == 4:
+                optimizer.add_param_group({"params": [params[0]], "lr": 0.02})
+            give(params, step)
+            if step < 2:
+                params[1].grad = None
+            if step >= 6:
+                params[2].grad = None
+            optimizer.step()
+        if implementation == "auto":
+            assert optimizer._used == COMPILED
+        assert [optimizer.state[p]["step"].item() for p in params] == [4, 6, 6, 8, 8]
+        results.append(bits(params, optimizer))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype is b.dtype
+        torch.testing.assert_close(a.float(), b.float(), rtol=2**-6, atol=1e-5)
+        assert (a != b).sum() <= max(1, a.numel() // 200)
+
+
+def test_places_are_places_in_memory() -> None:
+    """channels_last, transposed: the same noise in all engines; with gaps, which only copies can do: as without."""
+    results = []
+    layouts = [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(1, 3),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],
+        lambda x: x,
+    ]
+    for implementation in ("auto", "reference"):
+        for layout in layouts:
+            start = torch.randn(2, 3, 5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+            p = Parameter(layout(start.clone()))
+            optimizer = make("SGD", [p], lr=0.25, stochastic_rounding=True, implementation=implementation)
+            for step in range(4):
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+                p.grad = torch.empty_like(p).copy_(g)
+                optimizer.step()
+            results.append(p.detach().clone())
+    gaps, plain = results[2], results[3]
+    assert torch.equal(gaps, plain)
+    for a, b in zip(results[:4], results[4:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_options_that_change_nothing_cost_nothing(dtype: torch.dtype) -> None:
+    """Rounding at random is for bfloat16: steps of other weights are the same, and compiled from the second on."""
+    results = []
+    for stochastic in (False, True):
+        params = weights(dtype)
+        optimizer = make("SGD", params, stochastic_rounding=stochastic)
+        run(optimizer, params, range(3))
+        assert optimizer._used == COMPILED
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compensation_that_is_not_asked_for_stays() -> None:
+    """Loaded from an optimizer with kahan_sum into one without."""
+    params = weights(torch.bfloat16)
+    optimizer = make("Adam", params, kahan_sum=True)
+    run(optimizer, params, range(2))
+    for implementation in ("auto", "reference"):
+        others = [Parameter(p.detach().clone()) for p in params]
+        second = make("Adam", others, implementation=implementation)
+        second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        run(second, others, range(2, 4))
+        for p, q in zip(params, others, strict=True):
+            told = second.state[q]["kahan_comp"]
+            assert told.dtype is torch.bfloat16
+            assert torch.equal(told, optimizer.state[p]["kahan_comp"])
+
+
+def test_checkpoints_between_torch_and_stochastic_sgd() -> None:
+    """torch ignores the further `step`; from torch's states the count begins at 0."""
+    params = weights(torch.bfloat16)
+    optimizer = make("SGD", params, stochastic_rounding=True)
+    run(optimizer, params, range(3))
+    torchs: Any = torch.optim.SGD([Parameter(p.detach().clone()) for p in params], lr=0.01, momentum=0.9)
+    torchs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(torchs, torchs.param_groups[0]["params"], range(3, 5))
+    others = [Parameter(p.detach().clone()) for p in params]
+    plain: Any = torch.optim.SGD(others, lr=0.01, momentum=0.9)
+    run(plain, others, range(2))
+    back = make("SGD", others, stochastic_rounding=True)
+    back.load_state_dict(copy.deepcopy(plain.state_dict()))
+    run(back, others, range(2, 5))
+    assert back._used == COMPILED
+    assert all(back.state[p]["step"].item() == 3 for p in others)
+
+
+def test_differentiable() -> None:
+    """torch's own code, also of 16-bit weights; refused where copies would cut the graph."""
+    lr = torch.tensor(0.5, requires_grad=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        p = torch.ones(2, dtype=dtype, requires_grad=True)
+        q = p.clone()
+        optimizer = make("SGD", [p], differentiable=True)
+        optimizer.param_groups[0].update(params=[q], lr=lr, foreach=False, momentum=0.0)
+        q.grad = p * 2
+        optimizer.step()
+        (gradient,) = torch.autograd.grad(q.sum(), [lr])
+        assert gradient.item() == -4
+    for options in ({"max_grad_norm": 1.0}, {"kahan_sum": True}, {"state_dtype": torch.bfloat16}):
+        optimizer = make("SGD", weights(torch.float32), differentiable=True, **options)
+        give(optimizer.param_groups[0]["params"], 0)
+        with pytest.raises(MethodError, match="differentiable=True cannot be joined"):
+            optimizer.step()
 
 
 def test_no_group_key_is_added() -> None:
@@ -376,6 +555,11 @@ def test_no_group_key_is_added() -> None:
     [
         ({"state_dtype": torch.int32}, "expected state_dtype to be a torch float dtype"),
         ({"max_grad_norm": 0.0}, "expected max_grad_norm > 0"),
+        ({"max_grad_norm": math.inf}, "expected max_grad_norm > 0"),
+        ({"max_grad_norm": True}, "expected max_grad_norm > 0, got True"),
+        ({"max_grad_norm": "1"}, "expected max_grad_norm > 0, got '1'"),
+        ({"max_grad_norm": [1.0]}, "expected max_grad_norm > 0, got \\[1.0\\]"),
+        ({"seed": True}, "expected seed to be a whole number"),
         ({"nonfinite": "stop"}, "expected nonfinite to be ignore, skip or raise"),
         ({"seed": 0.5}, "expected seed to be a whole number"),
         ({"rounding": "stochastic"}, "unknown option rounding"),

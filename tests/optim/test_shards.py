@@ -125,6 +125,50 @@ def test_some_weights_are_plain(mesh: DeviceMesh) -> None:
     assert_same(mine, params[2:], plain, references[2:])
 
 
+@pytest.mark.parametrize("options", [{"kahan_sum": True}, {"stochastic_rounding": True, "seed": 3}])
+def test_late_gradients_and_late_groups(mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    params = spread(mesh, values(torch.bfloat16))
+    references = [Parameter(v) for v in values(torch.bfloat16)]
+    mine, plain = make("AdamW", params[:2], **options), make("AdamW", references[:2], **options)
+    for step in range(7):
+        if step == 3:
+            mine.add_param_group({"params": params[2:], "lr": 0.1})
+            plain.add_param_group({"params": references[2:], "lr": 0.1})
+        give(params, step)
+        give(references, step)
+        if step < 2:
+            params[0].grad = references[0].grad = None
+        mine.step()
+        plain.step()
+    assert mine._used == USED
+    assert_same(mine, params, plain, references)
+
+
+def test_counters_of_weights_without_dimensions_stay_plain(mesh: DeviceMesh) -> None:
+    p: Any = Parameter(distribute_tensor(torch.tensor(2.0), mesh, [Replicate()]))
+    for name in ("Adam", "NAdam", "ASGD"):
+        optimizer = make(name, [p])
+        for _ in range(2):
+            p.grad = distribute_tensor(torch.tensor(1.0), mesh, [Replicate()])
+            optimizer.step()
+        for key, value in optimizer.state[p].items():
+            assert isinstance(value, DTensor) == (key not in ("step", "mu_product", "eta", "mu")), key
+
+
+def test_states_that_were_taken_away_begin_anew(mesh: DeviceMesh) -> None:
+    params, references = spread(mesh, values(torch.float32)), [Parameter(v) for v in values(torch.float32)]
+    mine, plain = make("Adam", params), make("Adam", references)
+    for step in range(4):
+        give(params, step)
+        give(references, step)
+        if step == 2:
+            mine.state.clear()
+            plain.state.clear()
+        mine.step()
+        plain.step()
+    assert_same(mine, params, plain, references)
+
+
 def test_norms_are_refused(mesh: DeviceMesh) -> None:
     params = spread(mesh, values(torch.float32))
     optimizer = make("Adam", params, max_grad_norm=1.0)
@@ -136,7 +180,7 @@ def test_norms_are_refused(mesh: DeviceMesh) -> None:
 TWO = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 import hybridopt.optim
 rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
@@ -160,18 +204,36 @@ for name in ("AdamW", "Rprop", "Adagrad"):
         for key, value in plain.state[q].items():
             told = mine.state[p][key]
             assert torch.equal(told.full_tensor() if hasattr(told, "to_local") else told, value), (name, key)
+noisy = torch.full((4096,), 1.0).bfloat16()
+params = [Parameter(distribute_tensor(noisy.clone(), mesh, [kind])) for kind in (Shard(0), Replicate())]
+plain = Parameter(noisy.clone())
+mine = hybridopt.optim.SGD([*params, plain], lr=1.0, stochastic_rounding=True, implementation=sys.argv[3])
+for _ in range(2):
+    for p in params:
+        p.grad = distribute_tensor(torch.full((4096,), 1e-3).bfloat16(), mesh, p.placements)
+    plain.grad = torch.full((4096,), 1e-3).bfloat16()
+    mine.step()
+a, b = params[0].full_tensor().chunk(2)
+assert 0.3 < (a == b).float().mean() < 0.6, "shards have their own noise"
+for replica in (params[1].to_local().detach(), plain.detach()):
+    copies = [torch.empty_like(replica) for _ in range(2)]
+    dist.all_gather(copies, replica)
+    assert torch.equal(*copies), "replicas share it"
+    assert replica.unique().numel() > 1
 dist.destroy_process_group()
 print("same")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_two_processes(tmp_path: Path, implementation: str) -> None:
+    """Uneven shards step as plain tensors do; noise differs between shards and is one for replicas."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     store = str(tmp_path / "store")
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), store],
+            [sys.executable, "-c", TWO, str(rank), store, implementation],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
