@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to see every operation
 from torch.utils._pytree import tree_leaves
 
@@ -173,18 +175,21 @@ class Batch:
         if evaluation.randomness.policy == "independent" and evaluation.randomness.used:
             self.leave('noise="independent": every member draws numbers of its own')
             return False
-        produced = _Produced()
+        produced, kept = _Produced(), _Kept()
         hidden = _no_hidden_loops() if self.choice == "auto" else contextlib.nullcontext()
         try:
-            with evaluation.undone_on_error(), _unreadable(evaluation.vector), hidden, produced:
+            with evaluation.undone_on_error(), _unreadable(evaluation.vector), hidden, produced, kept:
                 told, slopes = self.evaluate(x, fresh=False)
         except Exception as error:  # noqa: BLE001 - whatever a loss raises under vmap, the loop can do without
+            kept.settle()
             self.leave(error)
             return True
         eps = max(torch.finfo(t.dtype).eps for t in evaluation.vector.tensors)
         near = ULPS * eps * max(map(abs, losses))
         off = [i for i in (0, 1) if not abs(told[i] - losses[i]) <= near]
-        if off:
+        if kept.settle():
+            self.leave("the loss keeps tensors of its forward (a history, a running mean, a hidden state)")
+        elif off:
             self.leave(
                 f"one forward for two members told {told[off[0]]!r} where one alone is {losses[off[0]]!r}"
             )
@@ -275,6 +280,36 @@ class _Produced(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(made, Tensor) and _memory(made) not in given:  # a view produces nothing
                 self.bytes += made.numel() * made.element_size()
         return result
+
+
+class _Kept(TorchFunctionMode):
+    """Finds the tensors of a batched forward that outlive it: no call after it could use them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._made += [weakref.ref(made) for made in tree_leaves(result) if isinstance(made, Tensor)]
+        return result
+
+    def settle(self) -> bool:
+        """Make each what a forward of the last member alone would have left; whether there was any."""
+        alive = {id(made): made for ref in self._made if (made := ref()) is not None}
+        self._made.clear()  # what is weakly referred to cannot be swapped
+        dead = [made for made in alive.values() if torch.func.debug_unwrap(made) is not made]
+        for made in dead:
+            with contextlib.suppress(RuntimeError):  # the loss has weak references of its own
+                torch.utils.swap_tensors(made, _last_member(made))  # type: ignore[no-untyped-call]
+        return bool(dead)
+
+
+def _last_member(made: Tensor) -> Tensor:
+    while (inner := torch.func.debug_unwrap(made, recurse=False)) is not made:
+        dim = torch._C._functorch.maybe_get_bdim(made)  # -1: a wrapper for gradients
+        made = inner if dim < 0 else inner.select(dim, -1)
+    return made.detach().clone()
 
 
 def _memory(tensor: Tensor) -> int:

@@ -49,10 +49,11 @@ class Objective:
         batch: how populations are evaluated. `"auto"` (default): many members in one forward
             (`torch.func.vmap`), as many as a fixed allowance of memory takes, if that tells the same losses as one
             by one; the first population is checked for it, which costs two forwards and no evaluation. Otherwise,
-            and for closures, losses of NumPy arrays and weights below float32, one by one; `notes` and `repr` say
-            why. A number: as many members a forward, also where torch has no batched form of an operation and
-            loops over it. `"vmap"`: such operations too, and `ObjectiveError` where there can be no batch.
-            `"loop"`: one by one, which a loss needs that counts its own calls.
+            and for closures, losses of NumPy arrays, losses that keep tensors of a forward (a history, a
+            running mean) and weights below float32, one by one; `notes` and `repr` say why. A number: as
+            many members a forward, also where torch has no batched form of an operation and loops over it.
+            `"vmap"`: such operations too, and `ObjectiveError` where there can be no batch. `"loop"`: one
+            by one, which a loss needs that counts its own calls.
         select, bounds, scale: as in `ParameterVector`, when `target` is not one.
 
     From its first answer to `close()` the objective holds the caller's `.grad`, `requires_grad`, train/eval modes,

@@ -341,6 +341,57 @@ def test_losses_that_change_from_call_to_call_are_not_batched(kind: str) -> None
         assert reason in way(objective)[1]
 
 
+def keeping(kind: str) -> tuple[Callable[[nn.Module], Tensor], list[Tensor]]:
+    """A loss that keeps tensors from call to call, and where it keeps them: the last place first."""
+    kept: list[Tensor] = []
+
+    def loss(model: nn.Module) -> Tensor:
+        out = model(INPUTS)
+        value: Tensor = (out**2).mean()
+        if kind == "output":
+            kept[:] = [out.detach()]
+        elif kind == "transposed":
+            kept[:] = [out.detach().T]
+        elif kind == "history":
+            kept.insert(0, value.detach())
+        elif kind.startswith("running mean"):
+            kept[:] = [0.9 * kept[0] + 0.1 * value.detach() if kept else value.detach()]
+            if kind == "running mean, then an error":
+                assert value.item() > 0
+        elif kind == "of the data":
+            kept[:] = [INPUTS.sum(0)]
+        return value
+
+    return loss, kept
+
+
+@pytest.mark.parametrize(
+    "kind", ["output", "transposed", "history", "running mean", "running mean, then an error", "of the data"]
+)
+def test_what_a_loss_keeps_is_never_a_tensor_of_a_batch(kind: str) -> None:
+    """Dead, it would make the next call raise; or, taken into another batch, be one number for each member."""
+    found = {}
+    for choice in ("loop", "auto"):
+        torch.manual_seed(5)
+        loss, kept = keeping(kind)
+        with Objective(loss, linear(), batch=choice) as objective:
+            x = population(objective.vector)
+            for rows in (x, x, x[:5]):
+                objective.answer(ask(rows))
+            found[choice] = [t + 0 for t in kept]
+            if choice == "auto":
+                reasons = {"running mean, then an error": ".item()", "of the data": ""}
+                assert reasons.get(kind, "keeps tensors of its forward") in way(objective)[1]
+                assert way(objective)[0] == ("vmap" if kind == "of the data" else "loop")
+    assert found["auto"][0].shape == found["loop"][0].shape
+    if kind == "history":
+        assert len(found["auto"]) == len(found["loop"]) + 1, "the check's forward is one"
+        del found["auto"][-3]
+        torch.testing.assert_close(found["auto"], found["loop"])
+    elif not kind.startswith("running mean"):  # one more call, the check, is in that
+        torch.testing.assert_close(found["auto"], found["loop"])
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", ["transformer", "transformer, eval", "clamps", "rnn cell", "weight norm"])
 def test_operations_that_torch_loops_over_are_batched_on_request(name: str) -> None:
@@ -382,6 +433,8 @@ def test_the_reason_is_said_where_a_batch_was_expected() -> None:
     assert notes == [], "as must be"
     text, notes = told("auto", "linear", 3)
     assert "populations not asked yet" in text, "three are not worth a batch"
+    assert told("auto", "bfloat16", 3)[1] == []
+    assert told("auto", "bfloat16", 4)[1] != []
     text, notes = told(5, "linear", ROWS)
     assert "populations 5 rows a forward" in text
     assert notes == []
@@ -522,6 +575,21 @@ def test_of_a_batch_only_the_rows_that_fit_are_evaluated(limits: dict[str, Any])
     assert answer.losses is not None
     assert [row[2] for row in seen] == answer.losses.tolist()
     assert (ledger.evaluations, ledger.forward, ledger.recomputed) == (11, 13, 9)
+
+
+def test_rows_that_do_not_fit_are_not_looked_at() -> None:
+    """In their place stand copies of a row that does."""
+    seen: list[list[float]] = []
+
+    def loss(x: Tensor) -> Tensor:
+        seen.extend(torch.func.debug_unwrap(x).detach().reshape(-1, 2).tolist())
+        return (x**2).sum()
+
+    x = np.arange(12.0).reshape(6, 2)
+    with Objective(loss, torch.zeros(2), budget=4, batch=4) as objective, pytest.raises(Stop):
+        objective.answer(ask(x))
+    rows = x.tolist()
+    assert seen == [*rows[:2], *rows[:2], rows[2], rows[3], rows[2], rows[2]]
 
 
 def test_the_check_is_not_begun_where_it_does_not_fit() -> None:
@@ -928,6 +996,16 @@ def test_values_and_gradients_are_all_or_nothing_and_rejected_as_at_one_point() 
             scope = Ledger()
             objective.values_and_gradients(np.ones((32, 2)), (scope,))
             assert (scope.evaluations, scope.forward, scope.backward) == (32, 32, 32)
+
+
+def test_the_check_of_gradients_must_fit_too() -> None:
+    x = np.arange(8.0).reshape(4, 2)
+    for limit, evaluations in ((17, 0), (18, 4)):  # 4 rows and 2 of the check, each a forward and a backward
+        with Objective(lambda x: (x**2).sum(), torch.zeros(2), {"forward_equivalents": limit}) as objective:
+            with contextlib.suppress(Stop):
+                objective.values_and_gradients(x)
+            assert objective.ledger.evaluations == evaluations
+            assert objective.ledger.forward_equivalents in (0, 18)
 
 
 def test_gradients_of_a_surrogate_come_one_by_one() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybridopt.errors import ClosedError, StateError
+from hybridopt.errors import BoundsError, ClosedError, StateError
 from hybridopt.ledger import Reason
 from hybridopt.machine import require_memory
 from hybridopt.optimizer import (
@@ -78,11 +78,17 @@ class PopulationMethod(Method):
         return 0
 
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
-        """See `Method.start`."""
+        """See `Method.start`.
+
+        Raises:
+            BoundsError: also where two bounds are so far apart that their distance is no float64 number.
+        """
         if Need.BOUNDS in self.needs:
             require_box(vector, self.label)
         require_memory(self.memory(vector.n), self.label, vector.n, self.memory_advice)
-        return PopulationRun(self, Start.at(vector, seed, warm))
+        start = Start.at(vector, seed, warm)
+        _require_distances(start, self.label)
+        return PopulationRun(self, start)
 
 
 class PopulationRun:
@@ -199,6 +205,18 @@ class PopulationRun:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.name}: it was closed; start it again, or load its state into a new one")
+
+
+def _require_distances(start: Start, method: str) -> None:
+    """Raise `BoundsError` where two finite bounds have no finite distance (the largest float64 as "no bound")."""
+    with np.errstate(over="ignore"):
+        wide = np.isinf(start.upper - start.lower) & np.isfinite(start.upper) & np.isfinite(start.lower)
+    if wide.any():
+        i = int(wide.argmax())
+        raise BoundsError(
+            f"{method}: expected bounds whose distance is a float64 number, weight {i} has ({start.lower[i]}, "
+            f"{start.upper[i]}); give closer ones, or -inf and inf where there is none"
+        )
 
 
 def _pack(value: Any) -> Any:

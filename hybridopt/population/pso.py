@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
 from hybridopt.options import check_options
@@ -67,6 +68,9 @@ class PSO(PopulationMethod):
     def __post_init__(self) -> None:
         check_options(self)
         require_at_least(self, swarmsize=2, tolfun=0, patience=1)
+        for option in ("omega", "phip", "phig"):
+            if not 0 <= (value := getattr(self, option)) < np.inf:
+                raise MethodError(f"{self.name}: expected a finite {option} >= 0, got {value!r}")
 
     def memory(self, n: int) -> int:
         """Bytes of positions, velocities, best points, and work copies."""

@@ -175,5 +175,9 @@ def test_refuses() -> None:
         hybridopt.minimize(lambda x: x.sum(), torch.ones(2), PSO(), budget=9)
     with pytest.raises(MethodError, match=r"pso: expected swarmsize >= 2, got 1"):
         PSO(swarmsize=1)
+    for option in ("omega", "phip", "phig"):
+        for value in (math.inf, math.nan, -1.0):
+            with pytest.raises(MethodError, match=rf"pso: expected a finite {option} >= 0, got"):
+                PSO(**{option: value})
     with pytest.raises(MethodError, match=r"pso: expected topology to be one of global, ring, got 'star'"):
         PSO(topology="star")  # type: ignore[arg-type]
