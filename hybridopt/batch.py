@@ -348,7 +348,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [""])[0]
+    line = (str(error).splitlines() or [""])[0].partition("Please file")[0].strip()  # torch asks for reports
     return (
         f"{type(error).__name__}: {line}" if len(line) < 200 else f"{type(error).__name__}: {line[:200]} ..."
     )

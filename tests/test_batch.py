@@ -1093,3 +1093,9 @@ def test_members_are_never_given_common_numbers_where_they_should_have_their_own
         assert losses is not None
         assert len(set(losses.tolist())) == 6
         assert "random" in objective.notes[0]
+
+
+def test_a_reason_is_not_a_call_for_reports() -> None:
+    """torch's text asks for an issue at its own place; users of ours would follow it."""
+    told = batching._first_line(RuntimeError("no batching rule for x. Please file us an issue\nsecond line"))
+    assert told == "RuntimeError: no batching rule for x."
