@@ -169,10 +169,9 @@ OTHERS: dict[str, tuple[Method, Any, bool]] = {
     "PowellBounded": (Powell(), BOX, False),
     "COBYQAFree": (COBYQA(), None, False),
     **{
-        f"{cls.__name__}_{mode}_{'free' if bounds is None else 'bounded'}": (cls(gradients=mode), bounds, False)
+        f"{cls.__name__}_{mode}": (cls(gradients=mode), BOX if bounded and Need.BOUNDS in cls.uses else None, False)
         for cls in GRADIENTS
-        for mode in ("auto", "autograd", "differences", "none")
-        for bounds in ([None, BOX] if Need.BOUNDS in cls.uses else [None])
+        for mode, bounded in (("autograd", False), ("differences", True), ("none", True))
     },
     "TrustConstrSR1": (TrustConstr(hess="sr1"), None, False),
     "BasinHoppingNone": (BasinHopping(gradients="none", niter=30), None, True),
