@@ -7,6 +7,22 @@ gradients that are new tensors at every step ("fresh": what `zero_grad()` and a 
 the fastest median of its for-loop, foreach, fused (where it has it) and `torch.compile`d step (that
 one for the smallest model only: its compilation takes minutes for the others). Both sides keep their own
 wrappers: profiler range, hooks.
+
+The floor of our step, in microseconds on 2 cores of an AMD EPYC (2026-11), for 4 tensors and for 50 of Adam:
+
+| | 4 | 50 |
+|---|---|---|
+| looking for hooks, profiler, GradScaler, torch.compile | 0.4 | 0.4 |
+| the same objects in groups and states (identity; 10 ns an object) | 0.5 | 3.0 |
+| the same options | 0.3 | 0.3 |
+| addresses and layouts of weights and states, in one compiled call | 0.2 | 0.9 |
+| `p.grad` (40 ns a weight), negative bits, kind and address of gradients | 0.6 | 4 |
+| numba's dispatcher, reading tables, coefficients | 0.3 | 3 |
+| `torch._C._increment_version` | 0.1 | 0.4 |
+| the loop: one division and one root an element (104k) | 0.0 | 20 |
+
+Everything but the last line is paid whatever the size; SGD with its loop of 5 microseconds for 104k weights therefore
+stays below five times torch's fused step.
 """
 
 from __future__ import annotations

@@ -92,3 +92,16 @@ def from_float16(typingctx: Any, bits: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def ask_tensor(typingctx: Any, function: Any, tensor: Any, out: Any) -> Any:
+    """Call `int32 function(tensor, out)`, all given as addresses: torch's C functions that tell about a tensor."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.IntType(32), [address, address])
+        called = builder.inttoptr(args[0], signature.as_pointer())
+        return builder.call(called, [builder.inttoptr(a, address) for a in args[1:]])
+
+    return types.int32(types.int64, types.int64, types.int64), codegen

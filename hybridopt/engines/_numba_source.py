@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hybridopt.engines._noise import FIRST, GOLDEN, SECOND
 from hybridopt.engines._translate import translate
-from hybridopt.engines._variant import SIZES, Variant
+from hybridopt.engines._variant import SIZES, Variant, width
 from hybridopt.rules import Rule
 
 _POINTERS = {"float32": "f32", "float64": "f64", "bfloat16": "u16", "float16": "u16"}
@@ -23,11 +23,6 @@ def module_source(rule: Rule, variant: Variant) -> str:
     return "\n".join(
         [*_helpers(variant), *_rule(rule, variant), *_inner(rule, variant), *_driver(rule, variant)]
     )
-
-
-def width(rule: Rule, variant: Variant) -> int:
-    """float64 numbers that a tensor's coefficients take."""
-    return len(rule.coefficients) + len(variant.extras) + int(variant.stochastic)
 
 
 def squares_source(dtype: str) -> str:
@@ -65,6 +60,19 @@ def squares_source(dtype: str) -> str:
     )
 
 
+def watch_source() -> str:
+    """A module that compares tensors with what is known of them: `look(block)`, `block` being the address of 20 int64.
+
+    They are: how many tensors; the addresses of a Python list of them, of their data's addresses, and of their layouts
+    (how many dimensions, sizes, strides; -1 = any will do); room for an answer; torch's functions that tell a tensor's
+    data, dimensions, sizes, strides, and dtype, layout, kind and number of the device; what the last four should say;
+    the two types that an object may have. Returns how many have other data (their addresses are put down if the last
+    number says so), -1 if something else differs. A list's items stand 24 bytes behind its address, an object's type
+    8, its `at::Tensor` 16 (CPython; the caller makes sure).
+    """
+    return "\n".join([*_imports(), _WATCH])
+
+
 def _imports() -> list[str]:
     return [
         '"""Generated; safe to delete."""',
@@ -73,7 +81,7 @@ def _imports() -> list[str]:
         "from numba import carray, njit",
         "from hybridopt.engines._intrinsics import bfloat16_bits, fma as _fma, float16_bits, float32_bits",
         "from hybridopt.engines._intrinsics import from_bfloat16 as _from_bfloat16, from_float16 as _from_float16",
-        "from hybridopt.engines._intrinsics import pointer_f32, pointer_f64, pointer_i64, pointer_u16",
+        "from hybridopt.engines._intrinsics import ask_tensor, pointer_f32, pointer_f64, pointer_i64, pointer_u16",
         "OPTIONS = dict(nogil=True, error_model='numpy', no_cfunc_wrapper=True)",
         "INNER = dict(OPTIONS, no_cpython_wrapper=True)  # called by `run` alone; wrappers would cost 0.2 s",
     ]
@@ -143,8 +151,11 @@ def _inner(rule: Rule, variant: Variant) -> list[str]:
     lines.append(f"        b = {_kept('q', variant.weight, 0, variant)}")
     lines.append("        p[i] = b")
     if variant.kahan:
-        lost = f"q - {_loaded('b', variant.weight, variant)}"
-        lines.append(f"        k[i] = {_nearest(lost, variant.weight, variant)}")
+        lines.append(f"        lost = q - {_loaded('b', variant.weight, variant)}")
+        lines.append(
+            "        lost = lost if lost - lost == ZERO else ZERO  # an overflow is not to be made up for"
+        )
+        lines.append(f"        k[i] = {_nearest('lost', variant.weight, variant)}")
     for i, name in enumerate(states):
         lines.append(f"        {name}[i] = {_kept(f'r{i}', variant.states[i], i + 1, variant)}")
     return lines
@@ -212,6 +223,9 @@ def _driver(rule: Rule, variant: Variant) -> list[str]:
             for i, (name, dtype) in enumerate(zip(arrays, dtypes, strict=True))
         ),
         f"    _inner({', '.join(passed)})",
+        *_follows(
+            variant, [(first + i, SIZES[dtype]) for i, dtype in enumerate(dtypes)], width(rule, variant)
+        ),
         "@njit(**INNER)",
         "def _tables(block_address):",
         "    block = carray(pointer_i64(block_address), (5,))",
@@ -226,6 +240,18 @@ def _driver(rule: Rule, variant: Variant) -> list[str]:
     return lines
 
 
+def _follows(variant: Variant, columns: list[tuple[int, int]], numbers: int) -> list[str]:
+    """Whether a tensor begins in memory where another ends, in all that is stepped, with the same coefficients."""
+    conditions = [
+        f"h == g + count * {SIZES[variant.gradient]}",
+        *(f"b[{i}] == a[{i}] + count * {size}" for i, size in columns),
+        *(f"d[{i}] == c[{i}]" for i in range(numbers)),
+    ]
+    # noise depends on the tensor
+    told = "False" if variant.stochastic else " and ".join(conditions)
+    return ["@njit(**INNER)", "def _follows(a, b, g, h, c, d, count):", f"    return {told}"]
+
+
 # one entry: what numba takes long for is paid per entry
 _RUN = """@njit('void(int64)', cache=True, **OPTIONS)
 def run(block_address):
@@ -236,15 +262,60 @@ def run(block_address):
         for t in range(n):
             _begin(table[t], hyper, c[t])
     if work == 0:
-        low, high = 0, n
-    if work != 1:
+        t = 0
+        while t < n:
+            count, last = table[t, 0], t + 1
+            while last < n and _follows(table[t], table[last], g[t], g[last], c[t], c[last], count):
+                count += table[last, 0]
+                last += 1
+            _apply(table[t], g[t], 0, count, c[t])
+            t = last
+    if work == 2:
         chunks = carray(pointer_i64(block[6]), (high, 3))
         for k in range(low, high):
-            if work == 0:
-                t, start, count = k, 0, table[k, 0]
-            else:
-                t, start, count = chunks[k, 0], chunks[k, 1], chunks[k, 2]
-            _apply(table[t], g[t], start, count, c[t])
+            t = chunks[k, 0]
+            _apply(table[t], g[t], chunks[k, 1], chunks[k, 2], c[t])
+"""
+
+_WATCH = """
+@njit(**INNER)
+def _differ(address, known, first, count):
+    there = carray(pointer_i64(address), (count,))
+    for i in range(count):
+        if there[i] != known[first + i]:
+            return True
+    return False
+@njit('int64(int64)', cache=True, error_model='numpy', no_cfunc_wrapper=True)
+def look(block_address):
+    block = carray(pointer_i64(block_address), (20,))
+    n, answer = block[0], block_address + 32
+    objects = carray(pointer_i64(carray(pointer_i64(block[1] + 24), (1,))[0]), (n,))
+    data = carray(pointer_i64(block[2]), (n,))
+    layouts = carray(pointer_i64(block[3]), (1,))
+    at = moved = 0
+    for k in range(n):
+        kind = carray(pointer_i64(objects[k] + 8), (1,))[0]
+        if kind != block[17] and kind != block[18]:
+            return -1
+        tensor, dims = objects[k] + 16, layouts[at]
+        at += 1
+        if dims >= 0:
+            for i in range(4):
+                if ask_tensor(block[9 + i], tensor, answer) != 0 or (block[4] & 0xFFFFFFFF) != block[13 + i]:
+                    return -1
+            if ask_tensor(block[6], tensor, answer) != 0 or block[4] != dims:
+                return -1
+            for i in range(2):
+                if ask_tensor(block[7 + i], tensor, answer) != 0 or _differ(block[4], layouts, at, dims):
+                    return -1
+                at += dims
+        if ask_tensor(block[5], tensor, answer) != 0:
+            return -1
+        if block[4] != data[k]:
+            moved += 1
+            if block[19] != 0:
+                data[k] = block[4]
+    return moved
 """
 
 _HELPERS = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hybridopt.engines._noise import FIRST, GOLDEN, SECOND
 from hybridopt.engines._translate import translate
-from hybridopt.engines._variant import Variant
+from hybridopt.engines._variant import Variant, width
 from hybridopt.rules import Rule
 
 _TYPES = {
@@ -173,14 +173,13 @@ def _begin(rule: Rule, variant: Variant) -> list[str]:
         len(rule.hyper),
         len(variant.extras),
     )
-    width = n + extras + int(variant.stochastic)
     lines = [
         "@triton.jit",
         "def begin(table, hyper, numbers, skip):",
         "    if tl.load(skip) == 0:",
         "        t = tl.program_id(0).to(tl.int64)",
         f"        row = table + t * {columns}",
-        f"        out = numbers + t * {width}",
+        f"        out = numbers + t * {width(rule, variant)}",
     ]
     if counts:
         lines += [
@@ -220,7 +219,6 @@ def _apply(rule: Rule, variant: Variant) -> list[str]:
     names = ["p", *(f"s{i}" for i in range(len(variant.states))), *(["k"] if variant.kahan else [])]
     dtypes = [variant.weight, *variant.states, *([variant.weight] if variant.kahan else [])]
     compute, n = _TYPES[variant.compute], len(rule.coefficients)
-    width = n + len(variant.extras) + int(variant.stochastic)
     coefficients = [*(f"c{i}" for i in range(n)), *variant.extras]
     lines = [
         "@triton.jit",
@@ -238,10 +236,10 @@ def _apply(rule: Rule, variant: Variant) -> list[str]:
         ),
         "        if ALIGNED:",  # what makes loads and stores 16 bytes wide, where no mask is needed either
         *(f"            {name} = tl.multiple_of({name}, 16)" for name in ["g", *names]),
-        f"        c = numbers + t * {width}",
+        f"        c = numbers + t * {width(rule, variant)}",
         *(f"        {name} = tl.load(c + {i}).to({compute})" for i, name in enumerate(coefficients)),
         *(
-            [f"        stream = tl.load(c + {width - 1}).to(tl.int64).to(tl.uint32)"]
+            [f"        stream = tl.load(c + {width(rule, variant) - 1}).to(tl.int64).to(tl.uint32)"]
             if variant.stochastic
             else []
         ),
@@ -276,7 +274,7 @@ def _body(rule: Rule, variant: Variant, mask: str) -> list[str]:
         lines.append("place = _place(i)")
     lines += [f"b = {_kept('q', variant.weight, 0, variant)}", f"tl.store(p + i, b{mask})"]
     if variant.kahan:
-        lines.append(f"lost = q - b.to({compute})")
+        lines += [f"lost = q - b.to({compute})", "lost = tl.where(lost - lost == 0, lost, 0.0)"]
         lines.append(f"tl.store(k + i, {_nearest('lost', variant.weight)}{mask})")
     for i, dtype in enumerate(variant.states):
         lines.append(f"tl.store(s{i} + i, {_kept(f'r{i}', dtype, i + 1, variant)}{mask})")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hybridopt.rules import Rule
+
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Dtypes that an engine can load and store, in bytes an element."""
 
@@ -37,3 +39,8 @@ class Variant:
     def extras(self) -> tuple[str, ...]:
         """Numbers beside the rule's hyperparameters, in order: loss scale and factor."""
         return (*(("divisor",) if self.unscaled else ()), *(("factor",) if self.scaled else ()))
+
+
+def width(rule: Rule, variant: Variant) -> int:
+    """float64 numbers that a tensor's coefficients take: the rule's, the extras, the stream of its noise."""
+    return len(rule.coefficients) + len(variant.extras) + int(variant.stochastic)

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import ModuleType
 
 from hybridopt.engines._modules import Variants, load
-from hybridopt.engines._numba_source import module_source, squares_source, width
+from hybridopt.engines._numba_source import module_source, squares_source, watch_source
 from hybridopt.engines._translate import Untranslatable
-from hybridopt.engines._variant import Variant
+from hybridopt.engines._variant import Variant, width
 from hybridopt.rules import Rule
 
-__all__ = ["Untranslatable", "available", "compiled", "pool", "squares", "width"]
+__all__ = ["Untranslatable", "available", "compiled", "pool", "squares", "watch", "width"]
 
 
 @functools.cache
@@ -57,6 +57,13 @@ def squares(dtype: str) -> ModuleType:
     """A module whose `run(block)` sums squares over pieces; see `squares_source`."""
     with _variants.making:
         return _load(squares_source(dtype))
+
+
+@functools.cache
+def watch() -> ModuleType:
+    """A module whose `look(block)` compares tensors with what is known of them; see `watch_source`."""
+    with _variants.making:
+        return _load(watch_source())
 
 
 def _compile(rule: Rule, variant: Variant) -> ModuleType:

@@ -11,10 +11,10 @@ from types import ModuleType
 from hybridopt.engines._modules import Variants, load
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._triton_source import module_source, squares_source
-from hybridopt.engines._variant import Variant
+from hybridopt.engines._variant import Variant, width
 from hybridopt.rules import Rule
 
-__all__ = ["Untranslatable", "available", "compiled", "interpreted", "squares"]
+__all__ = ["Untranslatable", "available", "compiled", "interpreted", "squares", "width"]
 
 
 @functools.cache

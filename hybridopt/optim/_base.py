@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from operator import is_
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -16,10 +17,12 @@ from torch.optim import optimizer as torch_optimizer
 from hybridopt.engines._noise import GOLDEN
 from hybridopt.errors import MethodError
 from hybridopt.optim._extras import HALVES, Extras, StepOptions
+from hybridopt.optim._flat import Layout, NotFlat, flatten, own_memory
 from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._implementation import Chosen
-from hybridopt.optim._plan import FirstStep, Ineligible, Plan, plans_for
+from hybridopt.optim._plan import Broken, FirstStep, Ineligible, Plan, plans_for
 from hybridopt.optim._shards import Shards, sharded
+from hybridopt.optim._watch import END, Contents
 from hybridopt.optim._wide import cast_states, keep_precision, wide_step
 from hybridopt.rules import Rule
 
@@ -33,14 +36,17 @@ class FusedStep(Chosen):
     """A torch optimizer whose `step` runs as one compiled loop wherever that gives torch's result.
 
     Mixed in before torch's own class: constructor checks, state keys, state dicts, schedulers, hooks and everything
-    that the compiled loop does not cover (complex or sparse weights, `differentiable`, `capturable`, other devices
-    and dtypes, the very first step, which creates the state) stay torch's own code.
+    that no engine covers (complex or sparse weights, `differentiable`, `capturable` on the CPU, devices other than
+    CPU and CUDA, the very first step, which creates the state) stay torch's own code; 16-bit weights then run on
+    float32 copies.
     """
 
     rule: ClassVar[Rule]
     _plans: list[Plan] | None = None
-    _entries: tuple[dict[str, Any], ...] = ()
-    _groups = 0
+    _states: Mapping[Tensor, Any] | None = None
+    _structure = _options = Contents(())
+    _layout: Layout | None = None
+    _live = False  # an option may change without being replaced
     _extras = Extras()
     _guarded = False  # gradients are read before the step
     _unscaling = False
@@ -64,9 +70,12 @@ class FusedStep(Chosen):
         """Steps left out because a gradient was not finite (`nonfinite="skip"`); on a GPU, reading it waits."""
         return int(self._skipped)
 
+    def _flags_by_name(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        return dict(zip(self.rule.flags, map(bool, self._flags(group)), strict=True))
+
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the elementwise states of a group."""
-        return self.rule.active(dict(zip(self.rule.flags, map(bool, self._flags(group)), strict=True)))
+        return self.rule.active(self._flags_by_name(group))
 
     def _streams(self, index: int) -> list[int]:
         """What makes the noise of each weight of a group its own: its number in the optimizer, and its shard's."""
@@ -84,6 +93,11 @@ class FusedStep(Chosen):
         self._guarded = self._extras.measured
         cast_states(self)
         self._choose(implementation, foreach, fused)
+        if self._extras.flatten and self._implementation in ("reference", "foreach"):
+            raise MethodError(
+                f"{type(self).__name__}: flatten is for the compiled step, but {self._implementation} was asked for; "
+                "leave one of them out"
+            )
 
     def _torch_step(self) -> None:
         """One step by torch's own code, without its profiling wrapper (ours has run the hooks already)."""
@@ -171,17 +185,27 @@ class FusedStep(Chosen):
 
     def _current(self, plans: list[Plan]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
-        states, entries, groups = self.state, self._entries, self.param_groups
-        if (
-            len(states) != len(entries)
-            or not all(map(is_, states.values(), entries))
-            or len(groups) != self._groups
-        ):
+        if self.state is not self._states or not self._structure.same():
             return False
+        if self._live or not self._options.same():
+            if not all(plan.read_options(self, self.param_groups[plan.index]) for plan in plans):
+                return False
+            self._note_options(plans)
         for plan in plans:  # noqa: SIM110 - all() over a generator would take half a microsecond more
-            if not plan.refresh(self, groups[plan.index]):
+            if not plan.refresh():
                 return False
         return True
+
+    def _note_structure(self) -> None:
+        """What plans are made for, but for options, gradients and memory."""
+        self._states = self.state
+        lists = chain.from_iterable((group["params"], END) for group in self.param_groups)
+        entries = [entry.values() for entry in self.state.values()]
+        self._structure = Contents([*lists, self.state.values(), *entries])
+
+    def _note_options(self, plans: list[Plan]) -> None:
+        self._live = any(plan.live for plan in plans)
+        self._options = Contents([self.param_groups, *(group.values() for group in self.param_groups)])
 
     def _prepare(self) -> list[Plan] | None:
         """Plans for all groups; None, with the reason in `repr`, if this step is not compiled."""
@@ -189,26 +213,42 @@ class FusedStep(Chosen):
         if self._implementation in ("reference", "foreach"):
             self._say(self._otherwise())
             return None
-        self._entries = tuple(self.state.values())
-        self._groups = len(self.param_groups)
+        self._note_structure()
         try:
-            plans = [plan for index in range(self._groups) for plan in plans_for(self, index)]
+            plans = self._make_plans()
+            self._note_options(plans)
             if not self._current(plans):
                 raise Ineligible("a gradient's address cannot be read")
         except Ineligible as reason:
             self._say(f"{self._otherwise()}: {reason}")
-            if self._implementation == "fused" and not self._warned and not isinstance(reason, FirstStep):
-                self._warned = True
-                warnings.warn(
-                    f"{type(self).__name__}: fused was asked for, but {reason}; {self._otherwise()} runs instead",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+            asked = "fused" if self._implementation == "fused" else "flatten" if self._extras.flatten else ""
+            if isinstance(reason, Broken):
+                self._warn(f"{reason}; {self._otherwise()} runs instead")
+            elif asked and not isinstance(reason, FirstStep):
+                self._warn(f"{asked} was asked for, but {reason}; {self._otherwise()} runs instead")
             return None
         engines = sorted({plan.engine for plan in plans})
         self._say(f"fused ({', '.join(engines)})")
         self._plans = plans
         return plans
+
+    def _make_plans(self) -> list[Plan]:
+        """Plans for all groups, of weights that were moved together first if that was asked for."""
+        plans = [plan for index in range(len(self.param_groups)) for plan in plans_for(self, index)]
+        if not self._extras.flatten:
+            return plans
+        try:
+            self._layout = flatten(self, plans)
+        except NotFlat as reason:
+            self._layout = None
+            self._warn(f"flatten was asked for, but {reason}; weights stay where they are")
+        return [plan for index in range(len(self.param_groups)) for plan in plans_for(self, index)]
+
+    def _warn(self, message: str) -> None:
+        """Say once that something is not as asked for."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{type(self).__name__}: {message}", RuntimeWarning, stacklevel=6)
 
     # -- what makes plans stale ---------------------------------------------------------------------------------------
 
@@ -233,10 +273,24 @@ class FusedStep(Chosen):
         super().__setstate__(state)
         self._plans = self._shards = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; what `flatten` has moved into one buffer is copied out of it."""
+        told: dict[str, Any] = super().state_dict()
+        return {**told, "state": self._alone(told["state"])} if self._extras.flatten else told
+
+    def _alone(self, states: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {
+            key: {name: own_memory(x) if isinstance(x, Tensor) else x for name, x in entry.items()}
+            for key, entry in states.items()
+        }
+
     def __getstate__(self) -> dict[str, Any]:
         """As torch's, with what was asked for."""
+        told = super().__getstate__()
+        if self._extras.flatten:
+            told["state"] = defaultdict(dict, self._alone(told["state"]))
         return {
-            **super().__getstate__(),
+            **told,
             "_extras": self._extras,
             "_guarded": self._guarded,
             "_skipped": self.skipped_steps,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.engines import cpu
+from hybridopt.optim._flat import gradients_together, padded
 from hybridopt.optim._plan import _NOTHING, Ineligible, Kind, Number, Plan, _increment_version, wrong_number
 
 if TYPE_CHECKING:
@@ -33,24 +34,35 @@ class CpuPlan(Plan):
         arrays = (self.table, self.gradients, self.hyper, self.scratch)
         self.block = array("q", [self.size, *(a.buffer_info()[0] for a in arrays), 0, 0, 0, 0])
         self.block_address = self.block.buffer_info()[0]
-        self.chunks = self._cut() if sum(self.numels) >= PARALLEL_FROM else None
+        # a weight that is listed twice is stepped twice, one after the other
+        alone = len(set(map(id, self.params))) == self.size
+        self.pieces: tuple[array[int], int] | None = None
+        self.parallel = alone and sum(self.numels) >= PARALLEL_FROM
         self.module: Any = None
         if self.size:
             try:
                 self.module = cpu.compiled(optimizer.rule, self.variant)
+                if optimizer._guarded:
+                    cpu.squares(self.variant.gradient)
             except cpu.Untranslatable as error:
                 raise Ineligible(str(error)) from error
 
     def _cut(self) -> tuple[array[int], int]:
         """Pieces of (tensor, start, count) for several threads; a tensor without elements needs none."""
-        pieces = array("q")
-        for t, numel in enumerate(self.numels):
-            for start in range(0, numel, CHUNK):
-                pieces.extend((t, start, min(CHUNK, numel - start)))
-        return pieces, len(pieces) // 3
+        if self.pieces is None:
+            pieces = array("q")
+            for t, numel in enumerate(self.numels):
+                for start in range(0, numel, CHUNK):
+                    pieces.extend((t, start, min(CHUNK, numel - start)))
+            self.pieces = pieces, len(pieces) // 3
+        return self.pieces
 
     def _moved(self) -> None:
-        """The loop reads `gradients` itself."""
+        """The loop reads `gradients` itself; where all is flat, each weight reaches to the next one."""
+        if self.layout is not None and self.size:
+            flat = gradients_together(self.layout, self.params)
+            counts = map(padded, self.params) if flat else self.numels
+            self.table[:: len(self.table) // self.size] = array("q", counts)
 
     def _refuses(self, group: Mapping[str, Any]) -> str:
         return "capturable=True" if group.get("capturable") else wrong_number(group)
@@ -64,11 +76,11 @@ class CpuPlan(Plan):
             return
         for i, name in enumerate(self.extras):
             self.hyper[self.hypers + i] = float(extras[name])
-        threads = 1 if self.chunks is None else torch.get_num_threads()
-        if threads == 1 or self.chunks is None:
+        threads = torch.get_num_threads() if self.parallel else 1
+        if threads == 1:
             self.module.run(self.block_address)
         else:
-            self._run_parallel(*self.chunks, threads)
+            self._run_parallel(*self._cut(), threads)
         _increment_version(self.params)
 
     def _run_parallel(self, chunks: array[int], count: int, threads: int) -> None:

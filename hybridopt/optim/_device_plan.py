@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from hybridopt.engines import gpu
-from hybridopt.optim._plan import _NOTHING, Ineligible, Kind, Number, Plan, _increment_version
+from hybridopt.optim._plan import _NOTHING, Broken, Ineligible, Kind, Number, Plan, _increment_version
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
 
-BLOCK = (
-    1024  # elements a program: 8 for each of 128 threads, so that registers (70 to 90) leave room for others
-)
+# elements a program: 8 for each of 128 threads, so that registers (70 to 90) leave room for others
+BLOCK = 1024
 _WIDE = 16  # bytes of the widest load
 
 
@@ -34,8 +33,8 @@ class DevicePlan(Plan):
         self.width = len(self.table) // max(1, self.size)
         self.sent: list[Tensor] = []  # host memory that a recorded graph will read again
         self.tables = self._send(torch.tensor(self.table, dtype=torch.int64))
-        coefficients = len(optimizer.rule.coefficients) + len(self.extras) + int(self.variant.stochastic)
-        self.numbers = torch.zeros(max(1, self.size * coefficients), dtype=torch.float64, device=self.device)
+        coefficients = self.size * gpu.width(optimizer.rule, self.variant)
+        self.numbers = torch.zeros(max(1, coefficients), dtype=torch.float64, device=self.device)
         self.told: list[float | None] = []
         self.hypers_there = self._send(torch.tensor(self.hyper, dtype=torch.float64))
         self.tensors: list[tuple[int, Tensor]] = []
@@ -50,6 +49,28 @@ class DevicePlan(Plan):
                 self.module = gpu.compiled(optimizer.rule, self.variant)
             except gpu.Untranslatable as error:
                 raise Ineligible(str(error)) from error
+            self._rehearse(optimizer._guarded)
+
+    def _rehearse(self, guarded: bool) -> None:
+        """Launch every kernel once where it changes nothing: what cannot be compiled or launched shows here.
+
+        Raises:
+            Broken: whatever Triton or the driver throws, torch's own code can still do the step.
+        """
+        known: str = getattr(self.module, "failed", "")  # a second try would take as long
+        if known:
+            raise Broken(known)
+        chunk = torch.zeros(1, 2, dtype=torch.int32, device=self.device)
+        nothing = torch.zeros(self.width, dtype=torch.int64, device=self.device)  # a row of no elements
+        always = torch.ones(1, dtype=torch.float32, device=self.device)
+        try:
+            self._launch([(chunk, True), (chunk, False)], always)
+            if guarded:
+                self._sum_squares(nothing, chunk)
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            self.module.failed = f"Triton cannot run it ({type(error).__name__}: {first})"
+            raise Broken(self.module.failed) from error
 
     def _send(self, values: Tensor) -> Tensor:
         """A copy on the device that nobody waits for."""
@@ -113,11 +134,16 @@ class DevicePlan(Plan):
                 self.hypers_there[i].copy_(value.reshape(()))
             else:
                 self.hypers_there[i].fill_(value)
-        flag = self.never if skip is None else skip
+        blocks = ((self.aligned, True), (self.unaligned, False))
+        self._launch(blocks, self.never if skip is None else skip)
+        _increment_version(self.params)
+
+    def _launch(self, blocks: Sequence[tuple[Tensor, bool]], flag: Tensor) -> None:
+        """Both kernels; the second for blocks that are aligned, and for those that are not."""
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             begin = (self.tables, self.hypers_there, self.numbers, flag)
             self.module.begin[(self.size,)](*begin, num_warps=1)
-            for chunks, aligned in ((self.aligned, True), (self.unaligned, False)):
+            for chunks, aligned in blocks:
                 if len(chunks):
                     self.module.apply[(len(chunks),)](
                         self.tables,
@@ -130,16 +156,18 @@ class DevicePlan(Plan):
                         num_warps=4,
                         enable_fp_fusion=False,  # a rule says where it fuses; and the default differs by version
                     )
-        _increment_version(self.params)
 
     def square_sum(self) -> Tensor:
         """See `Plan.square_sum`; stays on the device."""
         if not len(self.all):
             return torch.zeros((), dtype=torch.float64, device=self.device)
-        out = torch.empty(len(self.all), dtype=torch.float64, device=self.device)
+        return self._sum_squares(self.tables, self.all).sum()
+
+    def _sum_squares(self, tables: Tensor, chunks: Tensor) -> Tensor:
+        out = torch.empty(len(chunks), dtype=torch.float64, device=self.device)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             kernel = gpu.squares(self.variant.gradient).squares
-            kernel[(len(self.all),)](
-                self.tables, self.width, self.gradients_there, self.all, out, BLOCK=BLOCK, num_warps=4
+            kernel[(len(chunks),)](
+                tables, self.width, self.gradients_there, chunks, out, BLOCK=BLOCK, num_warps=4
             )
-        return out.sum()
+        return out

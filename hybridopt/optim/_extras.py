@@ -41,6 +41,14 @@ class StepOptions(TypedDict, total=False):
     it in `skipped_steps`, or raise `NonFiniteLoss` before anything is changed."""
     seed: int
     """Of stochastic rounding. Default 0."""
+    flatten: bool
+    """Weights, states and gradients of one device and dtype are moved into one buffer each, and stepped in one go; same
+    bits. The tensor objects stay, as views (starting at multiples of 64 elements), but for `.grad`. Gradients remain
+    in their buffer only under `zero_grad(set_to_none=False)`; others are read where they are. What others move out
+    (`.to()`, `load_state_dict(assign=True)`) moves in again at the next step. Weights whose memory others see, too,
+    stay where they are, with one warning. Costs one more copy of weights, states and gradients while moving. Whoever
+    saves a weight saves the whole buffer: `torch.save(model.state_dict())` is as large as ever, but one weight of it
+    is not (clone it); state dicts of the optimizer are safe. Default False."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Extras:
     max_grad_norm: float | None = None
     nonfinite: str = "ignore"
     seed: int = 0
+    flatten: bool = False
 
     @property
     def measured(self) -> bool:
@@ -100,6 +109,8 @@ class Extras:
             raise MethodError(
                 f"{name}: expected nonfinite to be ignore, skip or raise, got {extras.nonfinite!r}"
             )
+        if not isinstance(extras.flatten, bool):
+            raise MethodError(f"{name}: expected flatten to be True or False, got {extras.flatten!r}")
         if isinstance(extras.seed, bool) or not isinstance(extras.seed, int):
             raise MethodError(f"{name}: expected seed to be a whole number, got {extras.seed!r}")
         return extras

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import abc
-import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
-from operator import is_, itemgetter
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from hybridopt.engines import cpu, gpu
 from hybridopt.engines._variant import SIZES, Variant
+from hybridopt.optim._flat import dense
+from hybridopt.optim._watch import PLAIN, Memory, readable
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 # private in torch: makes autograd notice a write that it did not do
 _increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 _address = Tensor.data_ptr
+_gradient = attrgetter("grad")
+_negated = Tensor.is_neg
 _NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in SIZES}
 _SCALARS = (torch.float32, torch.float64)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _NOTHING: dict[str, Any] = {}
 Number: TypeAlias = float | Tensor
 ENGINES = {"cpu": "numba", "cuda": "triton"}
@@ -33,6 +35,10 @@ ENGINES = {"cpu": "numba", "cuda": "triton"}
 
 class Ineligible(Exception):
     """Why a step cannot be compiled now (said in `repr`, and by a warning if `fused` was asked for)."""
+
+
+class Broken(Ineligible):
+    """A compiler fails at what it should be able to: said by a warning, asked for or not."""
 
 
 class FirstStep(Ineligible):
@@ -52,9 +58,8 @@ class Kind(NamedTuple):
 class Plan(abc.ABC):
     """Weights of one kind in a parameter group: their addresses, and those of states and gradients.
 
-    Whatever can move is read from the group and the states anew at each step (44 ns an address; AMD EPYC, 2026-11):
-    a tensor may be replaced, or given other memory (`p.data = ...`, `share_memory_()`), without a word to us.
-    Gradients are not kept alive.
+    Whatever can move is looked at anew at each step: a tensor may be replaced, or given other memory (`p.data = ...`,
+    `share_memory_()`), without a word to us. Gradients are not kept alive.
 
     Args:
         optimizer: whose rule, flags and states are used.
@@ -69,27 +74,26 @@ class Plan(abc.ABC):
         rule, group, extra = optimizer.rule, optimizer.param_groups[index], optimizer._extras
         self.index = index
         self.kind = kind
-        self.flags = tuple(zip(rule.flags, map(bool, optimizer._flags(group)), strict=True))
-        everything: list[Tensor] = group["params"]
-        whole = all(members)
-        self.members = None if whole else list(members)
-        self.absent = [p.grad is None for p in everything]
-        self.params = list(compress(everything, members))
-        self.names = state_names(optimizer, dict(self.flags), kind.weight)
+        self.flags = optimizer._flags_by_name(group)
+        self.everything: list[Tensor] = group["params"]
+        self.absent = [p for p in self.everything if p.grad is None]
+        self.params = list(compress(self.everything, members))
+        self.size = len(self.params)
+        self.names = state_names(optimizer, self.flags, kind.weight)
         self.counters = len(counter_names(optimizer))
-        self.entries = [optimizer.state.get(p, _NOTHING) for p in self.params] if self.names else []
-        self.get_states: Callable[[Mapping[str, Any]], Any] = itemgetter(*self.names) if self.names else len
+        entries = [optimizer.state.get(p, _NOTHING) for p in self.params] if self.names else []
+        states = [[entry[name] for name in self.names] for entry in entries]
+        self.tensors = [*self.params, *chain.from_iterable(states)]
+        self.memory = Memory(self.params, self.tensors[self.size :]) if readable(self.tensors) else None
+        self.known = self._now()
+        self.there: Memory | None = None  # the gradients
         self.numels = [p.numel() for p in self.params]
         self.strides = [None if p.is_contiguous() else p.stride() for p in self.params]
-        self.options: tuple[Any, ...] = ()
         self.live = False
-        self.size = len(self.params)
-        self.split = self.size * (1 + len(self.names))
-        self.addresses: list[int] = [*map(_address, self.params), *map(_address, self._states())]
-        self.gradients = array("q", [0] * self.size)
-        self.references: list[weakref.ref[Tensor]] = []
+        self.layout = optimizer._layout
+        self.gradients = array("q", [-1] * self.size)
         self.variant = Variant(
-            self.flags,
+            tuple(self.flags.items()),
             _NAMES[kind.weight],
             _NAMES[kind.gradient],
             tuple(_NAMES[dtype] for dtype in kind.states),
@@ -103,55 +107,60 @@ class Plan(abc.ABC):
         self.hypers = len(rule.hyper)
         self.extras = self.variant.extras
         self.hyper = array("d", [*[0.0] * self.hypers, *[1.0] * len(self.extras), *seed] or [0.0])
-        self.table = self._table(list(compress(optimizer._streams(index), members)))
+        self.table = self._table(states, list(compress(optimizer._streams(index), members)))
 
-    def _states(self) -> Iterable[Tensor]:
-        found = map(self.get_states, self.entries)
-        return chain.from_iterable(found) if len(self.names) > 1 else found
-
-    def _table(self, streams: Sequence[int]) -> array[int]:
+    def _table(self, states: Sequence[Sequence[Tensor]], streams: Sequence[int]) -> array[int]:
         """Rows (elements, per-tensor numbers, weight, states, [what makes its noise its own])."""
-        table, width, split = array("q"), len(self.names), self.counters
+        table, split = array("q"), self.counters
         for t, stream in enumerate(streams):
-            states = self.addresses[self.size + t * width : self.size + (t + 1) * width]
-            table.extend([self.numels[t], *states[:split], self.addresses[t], *states[split:]])
+            there = [*map(_address, states[t])] if states else []
+            table.extend([self.numels[t], *there[:split], _address(self.params[t]), *there[split:]])
             if self.variant.stochastic:
                 table.append(stream)
         return table
 
     # -- every step -----------------------------------------------------------------------------------------------
 
-    def refresh(self, optimizer: FusedStep, group: dict[str, Any]) -> bool:
-        """Read what may have moved; False if anything but gradients and numbers has, and the plan must be rebuilt."""
-        options = group.values()
-        if self.live or len(options) != len(self.options) or not all(map(is_, options, self.options)):
-            if not self._read_hyper(optimizer, group):
-                return False
-        params = group["params"]
-        if self.members is not None:
-            if len(params) != len(self.members):
-                return False
-            if any(p.grad is not None for p in compress(params, self.absent)):
-                return False
-            params = list(compress(params, self.members))
-        grads = [p.grad for p in params]
+    def refresh(self) -> bool:
+        """Read where the gradients are; False if anything but gradients has moved, and the plan must be rebuilt."""
+        if not self._unmoved() or (self.absent and any(p.grad is not None for p in self.absent)):
+            return False
+        grads = [*map(_gradient, self.params)]
+        moved = -1 if self.there is None else self.there.look(grads)
+        if moved < 0:
+            return self._take_gradients(grads)
+        if any(map(_negated, grads)):
+            return False
+        if moved:
+            self._moved()
+        return True
+
+    def _unmoved(self) -> bool:
+        """Whether weights and states have the memory that the table says, and weights the layout."""
+        if self.memory is not None:
+            return self.memory.same()
         try:
-            addresses = [*map(_address, params), *map(_address, self._states()), *map(_address, grads)]
-        except (
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ):  # a state is gone or no tensor; None or sparse; no memory at all
+            return self._now() == self.known
+        except RuntimeError:  # no memory at all
             return False
-        moved = addresses != self.addresses
-        if moved and (len(grads) != self.size or addresses[: self.split] != self.addresses[: self.split]):
+
+    def _now(self) -> list[Any]:
+        """What `memory` compares, where that cannot be compiled."""
+        return [*map(_address, self.tensors), *((p.shape, p.stride()) for p in self.params)]
+
+    def _take_gradients(self, grads: Sequence[Tensor]) -> bool:
+        """Gradients that are not plainly as the last ones; False if they do not fit."""
+        try:
+            addresses = array("q", map(_address, grads))
+        except (TypeError, RuntimeError):  # None or sparse; no memory at all
             return False
-        if moved or not all(map(is_, grads, [reference() for reference in self.references])):
-            if not self._alike(grads):
-                return False
-            self.references = [weakref.ref(g) for g in grads]
-            self.gradients[:] = array("q", addresses[self.split :])
-            self.addresses = addresses
+        if not self._alike(grads):
+            return False
+        if self.memory is not None and readable(grads):
+            self.there = Memory(grads, (), self.gradients)
+            self.there.tensors = []  # gradients are not kept alive
+        if addresses != self.gradients:
+            self.gradients[:] = addresses
             self._moved()
         return True
 
@@ -163,19 +172,19 @@ class Plan(abc.ABC):
                 g.dtype is not dtype
                 or g.numel() != numel
                 or not (g.is_contiguous() if stride is None else g.stride() == stride)
-                or type(g) not in _PLAIN
+                or type(g) not in PLAIN
                 or g.is_neg()
             ):
                 return False
         return True
 
-    def _read_hyper(self, optimizer: FusedStep, group: dict[str, Any]) -> bool:
+    def read_options(self, optimizer: FusedStep, group: dict[str, Any]) -> bool:
         """Take over changed hyperparameters; False if one is not a number in the compiled variant."""
-        flags = tuple(zip(optimizer.rule.flags, map(bool, optimizer._flags(group)), strict=True))
-        if self.flags != flags or self._refuses(group):
+        if group["params"] is not self.everything:
+            return False
+        if self.flags != optimizer._flags_by_name(group) or self._refuses(group):
             return False
         self._take(optimizer._hyper(group))
-        self.options = tuple(group.values())
         self.live = any(
             _mutable(value) for key, value in group.items() if key not in ("params", "param_names")
         )
@@ -225,19 +234,19 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
     Raises:
         Ineligible: something about it is not plain, or its state does not exist yet (`FirstStep`).
     """
-    if type(p) not in _PLAIN or p.layout is not torch.strided or p.is_neg():
+    if type(p) not in PLAIN or p.layout is not torch.strided or p.is_neg():
         raise Ineligible(f"a weight is a {type(p).__name__} with layout {p.layout} on {p.device}, or a view")
     g = p.grad
     assert g is not None
     if p.dtype not in _NAMES or g.dtype not in _NAMES:
         raise Ineligible(f"a weight is {p.dtype} and its gradient {g.dtype}")
-    if type(g) not in _PLAIN or g.device != p.device or g.layout is not torch.strided or g.is_neg():
+    if type(g) not in PLAIN or g.device != p.device or g.layout is not torch.strided or g.is_neg():
         raise Ineligible(
             f"a gradient is a {type(g).__name__} with layout {g.layout} on {g.device}, or a view"
         )
     if g.dtype is not p.dtype and torch.float64 in (g.dtype, p.dtype):
         raise Ineligible(f"a weight is {p.dtype} and its gradient {g.dtype}")
-    if not _dense(p) or not _alike(g, p):
+    if not dense(p) or not _alike(g, p):
         raise Ineligible("a gradient is laid out unlike its weight, or the weight has gaps")
     entry = optimizer.state.get(p, _NOTHING)
     counters = counter_names(optimizer)
@@ -247,7 +256,7 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
         tensor = entry.get(name)
         if tensor is None:
             raise FirstStep("first step, which creates the state")
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
             raise Ineligible(f"the state {name!r} is not a plain tensor")
         if tensor.device != p.device and name in counters and ENGINES.get(p.device.type) == "triton":
             tensor = entry[name] = tensor.to(p.device)  # where torch's own fused step keeps it too
@@ -277,7 +286,7 @@ def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
     group = optimizer.param_groups[index]
     if group.get("differentiable"):
         raise Ineligible("differentiable=True")
-    flags = dict(zip(optimizer.rule.flags, map(bool, optimizer._flags(group)), strict=True))
+    flags = optimizer._flags_by_name(group)
     params: list[Tensor] = group["params"]
     for device in dict.fromkeys(p.device.type for p in params if p.grad is not None):
         _engine(device)
@@ -292,6 +301,7 @@ def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
         why = plan._refuses(group)
         if why:
             raise Ineligible(why)
+        plan.read_options(optimizer, group)
         plans.append(plan)
     return plans
 
@@ -344,16 +354,3 @@ def _mutable(value: Any) -> bool:
 def _alike(a: Tensor, p: Tensor) -> bool:
     """Whether element i in memory is the same element of both."""
     return a.shape == p.shape and (a.stride() == p.stride() or (a.is_contiguous() and p.is_contiguous()))
-
-
-def _dense(p: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in some order of dimensions."""
-    if p.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,10 @@ class Shards:
                 f"{type(optimizer).__name__}: max_grad_norm and nonfinite need the norm over all shards, which is not "
                 "supported for DTensors; use torch.nn.utils.clip_grad_norm_ before the step"
             )
+        if extras.flatten:
+            optimizer._warn("flatten was asked for, but weights are DTensors; they stay where they are")
         self.inner = copy.copy(optimizer)
+        self.inner._extras = replace(extras, flatten=False)
         self.inner._plans = None
         self.inner._shards = None
         self.weights = [p for group in optimizer.param_groups for p in group["params"]]

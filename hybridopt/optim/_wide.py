@@ -86,7 +86,8 @@ class _Lent:
             stored = self._stored(wide, p.dtype, 0, states)
             p.copy_(stored)
             if self.kahan:
-                states["kahan_comp"] = (wide - stored.to(self.dtype)).to(p.dtype)
+                lost = wide - stored.to(self.dtype)  # an overflow is not to be made up for
+                states["kahan_comp"] = lost.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(p.dtype)
         for name, tensor in states.items():
             if self._elementwise(name, tensor):
                 column = self.active.index(name) + 1 if name in self.active else 0

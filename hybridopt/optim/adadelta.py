@@ -21,7 +21,7 @@ class Adadelta(FusedStep, torch.optim.Adadelta):
         params, lr, rho, eps, weight_decay, foreach, capturable, maximize, differentiable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused Adadelta).
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

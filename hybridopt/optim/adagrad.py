@@ -21,7 +21,7 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize,
             differentiable, fused: as in torch.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

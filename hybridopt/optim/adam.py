@@ -37,7 +37,7 @@ class Adam(_Adam, torch.optim.Adam):
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in torch.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -96,7 +96,7 @@ class AMSGrad(Adam):
         params, lr, betas, eps, weight_decay, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in `torch.optim.Adam`.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt
@@ -149,7 +149,7 @@ class AdamW(_Adam, torch.optim.AdamW):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable,
             fused: as in torch.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

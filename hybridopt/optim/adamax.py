@@ -21,7 +21,7 @@ class Adamax(FusedStep, torch.optim.Adamax):
         params, lr, betas, eps, weight_decay, foreach, maximize, differentiable, capturable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused Adamax).
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

@@ -26,7 +26,7 @@ class Adan(RuleOptimizer):
         weight_decay: decoupled, applied as a division by 1 + lr * weight_decay.
         maximize: ascend.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Raises:
         MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.

@@ -31,7 +31,7 @@ class AdEMAMix(RuleOptimizer):
             them; wants to be the length of the run. None: no warm-up, which the paper found unstable for large alpha.
         maximize: ascend.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Raises:
         MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.

@@ -27,7 +27,7 @@ class ADOPT(RuleOptimizer):
         maximize: ascend.
         decouple: shrink the weights by lr * weight_decay instead of adding weight_decay * weight to the gradient.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Raises:
         MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.

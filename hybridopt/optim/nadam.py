@@ -22,7 +22,7 @@ class NAdam(FusedStep, torch.optim.NAdam):
             capturable, differentiable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused NAdam).
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

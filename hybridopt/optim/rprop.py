@@ -21,7 +21,7 @@ class Rprop(FusedStep, torch.optim.Rprop):
         params, lr, etas, step_sizes, capturable, foreach, maximize, differentiable: as in torch.
         fused: `True` is another spelling of `implementation="fused"` (torch has no fused Rprop).
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

@@ -21,7 +21,7 @@ class SGD(FusedStep, torch.optim.SGD):
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
             as in torch.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
-            `seed`, all by keyword; see `StepOptions`.
+            `seed`, `flatten`, all by keyword; see `StepOptions`.
 
     Example:
         >>> import torch, hybridopt

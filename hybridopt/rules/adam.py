@@ -12,7 +12,16 @@ def _scalars(
 ) -> tuple[float, ...]:
     step_size = lr / (1 - beta1**step)
     correction = xp.sqrt(1 - beta2**step)
-    return step_size, correction, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, 1 - lr * weight_decay
+    # torch divides the root by the correction; here the quotient is extended by it, which saves a division an element
+    return (
+        step_size * correction,
+        eps * correction,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        weight_decay,
+        1 - lr * weight_decay,
+    )
 
 
 def _update(
@@ -22,11 +31,10 @@ def _update(
     exp_avg_sq: Any,
     max_exp_avg_sq: Any,
     step_size: Any,
-    correction: Any,
+    eps: Any,
     rate1: Any,
     beta2: Any,
     rate2: Any,
-    eps: Any,
     weight_decay: Any,
     keep: Any,
     *,
@@ -49,7 +57,7 @@ def _update(
         root = xp.sqrt(max_exp_avg_sq)
     else:
         root = xp.sqrt(exp_avg_sq)
-    return p - step_size * exp_avg / (root / correction + eps), exp_avg, exp_avg_sq, max_exp_avg_sq
+    return p - step_size * exp_avg / (root + eps), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 RULE = Rule(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.nn import Parameter
 
 import hybridopt.optim
 from hybridopt.engines import gpu
+from hybridopt.engines._variant import Variant
 from hybridopt.errors import NonFiniteLoss
 from hybridopt.optim import _plan
 from hybridopt.optim._device_plan import DevicePlan
@@ -319,6 +321,52 @@ def powers(p: Any, g: Any, lr: Any, exponent: Any, root: Any) -> tuple[Any, ...]
 
 def powers_of_steps(step: float, lr: float, exponent: float) -> tuple[float, ...]:
     return lr, exponent, (-0.5) ** step
+
+
+_CLIPPED = Variant(
+    (("amsgrad", False), ("maximize", False), ("decay", False), ("decoupled", False)),
+    states=("float32", "float32"),
+    scaled=True,
+)
+
+
+@pytest.mark.parametrize("broken", ["begin", "apply", "squares"])
+def test_launch_that_fails(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    """Before anything has changed: torch's own code does the step, with one warning that names the reason."""
+
+    tries = []
+
+    class Broken:
+        def __getitem__(self, grid: Any) -> Any:
+            tries.append(grid)
+            raise RuntimeError("no kernel image is available\nfor this device")
+
+    make = gpu.squares if broken == "squares" else gpu.compiled
+    made: list[Any] = []
+
+    def once(*wanted: Any) -> Any:
+        made[:] = made or [SimpleNamespace(**{**vars(make(*wanted)), broken: Broken()})]
+        return made[0]
+
+    monkeypatch.setattr(gpu, make.__name__, once)
+    if broken == "squares":  # a module that no other test sees: it remembers
+        module = SimpleNamespace(**vars(gpu.compiled(hybridopt.optim.Adam.rule, _CLIPPED)))
+        monkeypatch.setattr(gpu, "compiled", lambda *wanted: module)
+    results = []
+    for optim, options in ((hybridopt.optim, {"max_grad_norm": 1e9}), (torch.optim, {})):
+        params = [Parameter(torch.linspace(-1, 1, 9, device=DEVICE))]
+        optimizer: Any = optim.Adam(params, lr=0.1, **options)  # type: ignore[attr-defined]
+        for step in range(4):
+            give(params, [torch.full((9,), step + 1.0, device=DEVICE)])
+            if optim is hybridopt.optim and step == 1:
+                told = r"Adam: Triton cannot run it \(RuntimeError: no kernel image is available\); torch's own code"
+                with pytest.warns(RuntimeWarning, match=told):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        results.append(params[0].detach())
+    torch.testing.assert_close(*results)
+    assert len(tries) == 1
 
 
 def test_powers_of_numbers_below_zero() -> None:

@@ -826,7 +826,7 @@ def _big(threads: int, name: str = "Adam") -> Tensor:
             p.grad = torch.randn(p.shape)
         optimizer.step()
     assert optimizer._used == COMPILED
-    assert optimizer._plans[0].chunks is not None
+    assert optimizer._plans[0].parallel
     states = [v.flatten() for p in params for v in optimizer.state[p].values()]
     return torch.cat([*(p.detach().flatten() for p in params), *states])
 

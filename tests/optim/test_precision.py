@@ -359,6 +359,19 @@ def test_kahan_follows_float32(dtype: torch.dtype, implementation: str) -> None:
     assert max(lost) > 10 * max(errors)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_overflow_under_kahan_is_infinite(dtype: torch.dtype, implementation: Any) -> None:
+    """As without it, not nan: what an overflow took is nothing that could be added back."""
+    p = Parameter(torch.full((3,), torch.finfo(dtype).max).to(dtype))
+    optimizer = hybridopt.optim.SGD([p], lr=1.0, kahan_sum=True, implementation=implementation)
+    for _ in range(4):
+        p.grad = torch.full_like(p, -torch.finfo(dtype).max)
+        optimizer.step()
+    assert p.isposinf().all()
+    assert not optimizer.state[p]["kahan_comp"].any()
+
+
 def test_kahan_survives_a_checkpoint() -> None:
     params = weights(torch.bfloat16)
     optimizer = make("AdamW", params, kahan_sum=True)

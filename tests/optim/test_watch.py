@@ -1,0 +1,180 @@
+"""Whatever moves is noticed, by compiled code and where that cannot be had."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import hybridopt.optim
+from hybridopt.optim import _plan, _watch
+from hybridopt.optim._watch import END, Contents, Memory
+from tests.optim.test_contracts import COMPILED, MOVES, STRANGE, assert_same, both, give, pair
+
+
+def tensors() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(4, 4), torch.randn(3, 2).t(), torch.tensor(1.0), torch.empty(0, 3)]
+
+
+def _data(t: Tensor) -> None:
+    t.data = t.data.clone()
+
+
+def _transpose(t: Tensor) -> None:
+    t.t_()
+
+
+def _reshape(t: Tensor) -> None:
+    t.data = t.data.view(2, 8)
+
+
+def _flatten(t: Tensor) -> None:
+    t.data = t.data.view(16)
+
+
+def _narrow(t: Tensor) -> None:
+    t.data = t.data[:2]
+
+
+def _swap(t: Tensor) -> None:
+    torch.utils.swap_tensors(t, t.clone())
+
+
+def _share(t: Tensor) -> None:
+    t.share_memory_()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("change", [_data, _transpose, _reshape, _flatten, _narrow, _swap, _share])
+def test_weight_that_moved(change: Any) -> None:
+    laid_out, others = tensors(), tensors()
+    assert _watch.readable([*laid_out, *others])
+    memory = Memory(laid_out, others)
+    assert memory.same()
+    assert memory.same()
+    laid_out[0].mul_(2)
+    assert memory.same()
+    change(laid_out[0])
+    assert not memory.same()
+    assert not memory.same()  # as often as one asks
+
+
+@pytest.mark.parametrize("change", [_data, _swap, _share])
+def test_state_that_moved(change: Any) -> None:
+    laid_out, others = tensors(), tensors()
+    memory = Memory(laid_out, others)
+    others[0].t_()  # its layout was looked at when the plan was made
+    assert memory.same()
+    change(others[0])
+    assert not memory.same()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        torch.randn(4, 4, dtype=torch.float64),
+        torch.randn(4, 4).to_sparse(),
+        torch.randn(4, 4).t(),
+        torch.randn(16),
+        torch.randn(2, 8),
+        torch.empty(4, 4, device="meta"),
+        torch.randn(4, 4).as_subclass(type("Special", (Tensor,), {})),
+        "not a tensor",
+    ],
+    ids=lambda x: str(getattr(x, "shape", x)),
+)
+def test_gradient_of_another_kind(other: Any) -> None:
+    from array import array
+
+    grads: list[Any] = tensors()
+    addresses = array("q", [g.data_ptr() for g in grads])
+    memory = Memory(grads, (), addresses)
+    assert memory.look(grads) == 0
+    again: list[Any] = [g.clone() for g in tensors()]
+    assert memory.look(again) == 3  # the one without elements has no address
+    assert list(addresses) == [g.data_ptr() for g in again]
+    assert memory.look(again) == 0
+    again[0] = other
+    assert memory.look(again) == -1
+
+
+def test_order_counts() -> None:
+    a, b = [object(), object()], [object()]
+    contents = Contents([a, END, b])
+    assert contents.same()
+    b.insert(0, a.pop())
+    assert not contents.same()
+    a.append(b.pop(0))
+    assert contents.same()
+    b.append(object())
+    assert not contents.same()
+    b[:] = []
+    assert not contents.same()
+
+
+@pytest.fixture
+def python_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_plan, "readable", lambda tensors: False)
+
+
+@pytest.mark.usefixtures("python_only")
+@pytest.mark.parametrize("move", MOVES)
+def test_whatever_moves_without_compiled_code(move: str) -> None:
+    case = pair("Adam")
+    both(case, range(3))
+    assert case[0]._used == COMPILED
+    assert case[0]._plans[0].memory is None
+    for optimizer, params in ((case[0], case[1]), (case[2], case[3])):
+        give(params, 3)
+        MOVES[move](optimizer, params)
+    if move != "shrink":
+        case[0].step()
+        case[2].step()
+    both(case, range(4, 7))
+    assert_same(case)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_square_weight_transposed_in_place(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(_plan, "readable", lambda tensors: False)
+    case = pair("Adam", shapes=((3, 3),))
+    both(case, range(3))
+    for params in (case[1], case[3]):
+        params[0].data.t_()
+        with torch.no_grad():
+            params[0].t_()
+    both(case, range(3, 6))
+    assert_same(case)
+
+
+def test_strange_gradients_after_plain_ones() -> None:
+    """At the same address, of the same shape."""
+    assert STRANGE
+    case = pair("SGD", shapes=((4, 4),))
+    both(case, range(3))
+    for optimizer, params in (case[:2], case[2:]):
+        params[0].grad = torch._neg_view(params[0].grad)
+        optimizer.step()
+    assert_same(case)
+
+
+def test_weight_listed_twice_is_stepped_by_one_thread() -> None:
+    p = Parameter(torch.ones(600, 600))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = hybridopt.optim.SGD([p, p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    assert Counter(p.detach().flatten().tolist()) == {0.0: 360_000}
+    assert optimizer._plans is not None
+    assert not optimizer._plans[0].parallel  # type: ignore[attr-defined]
