@@ -28,6 +28,12 @@ class Problem:
         select: which of a model's weights are optimized; None = all that require gradients.
         batch: how populations are evaluated, see `hybridopt.Objective`; `"loop"` for a loss that counts its calls.
         best_known: the lowest loss that anybody has reported, or None.
+        minima: other losses at which good methods end rightly: local minima that the literature lists.
+        residuals: for a sum of squares, the function (of what `loss` takes) that returns the residuals r, shape
+            (m,), where loss = |r|²/2: what `hybridopt.minimize(residuals=True)` takes in place of `loss`.
+        constraints: what the weights must satisfy beside the bounds, as `hybridopt.minimize` takes it.
+        score: what the weights are good for, where that is not the loss: a function of the target, e.g. the share
+            of test images a network gets right. No method may see it; higher is better.
         description: one sentence.
 
     Example:
@@ -44,6 +50,10 @@ class Problem:
     select: Any = None
     batch: Choice = "auto"
     best_known: float | None = None
+    minima: tuple[float, ...] = ()
+    residuals: Callable[..., Any] | None = None
+    constraints: Any = None
+    score: Callable[[Any], float] | None = None
     description: str = ""
 
     def __repr__(self) -> str:

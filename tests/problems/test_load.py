@@ -124,4 +124,19 @@ def test_faults_of_the_name(name: str) -> None:
 def test_an_unknown_name_shows_the_nearest() -> None:
     with pytest.raises(problems.ProblemError, match="unknown name 'identty'; nearest: identity"):
         problems.get("identty")
-    assert problems.names() == ["digits", "digits_mlp", "identity"]
+    assert problems.names() == [
+        "acrobot",
+        "bbob",
+        "cartpole",
+        "digits",
+        "digits_mlp",
+        "fairness",
+        "gaussian_process",
+        "identity",
+        "lennard_jones",
+        "mgh",
+        "pruning",
+        "quantisation",
+        "sampling",
+        "thresholds",
+    ]
