@@ -130,7 +130,7 @@ class Batch:
             evaluation.guard.settle_buffers(False)
         evaluation.aux = None
         gradients, losses = told if self._gradients else (None, told)
-        return losses.to("cpu", torch.float64).tolist(), self._flat(gradients)
+        return losses.to("cpu", torch.float64).tolist(), self._flat(gradients, x)
 
     def _members(self, x: FloatArray) -> list[Tensor]:
         """Each weight with a first dimension for the rows, in its own dtype, rounded as when written.
@@ -147,13 +147,13 @@ class Batch:
             for part, t in zip(parts, vector.tensors, strict=True)
         ]
 
-    def _flat(self, gradients: Sequence[Tensor] | None) -> FloatArray | None:
+    def _flat(self, gradients: Sequence[Tensor] | None, x: FloatArray) -> FloatArray | None:
         if gradients is None:
             return None
         parts = [g.detach().reshape(len(g), -1).to("cpu", torch.float64) for g in gradients]
         flat: FloatArray = torch.cat(parts, dim=1).numpy()
-        scale = self._evaluation.vector.scale
-        return flat if scale is None else flat * scale
+        slope = self._evaluation.vector.coordinates.slope(x)
+        return flat if slope is None else flat * slope
 
     # -- which way ----------------------------------------------------------------------------------------------
 

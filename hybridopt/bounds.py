@@ -29,8 +29,12 @@ def read_bounds(
     tensors: Sequence[Tensor],
     x0: npt.NDArray[np.float64],
     aliases: Mapping[str, str],
+    integer: npt.NDArray[np.bool_] | None = None,
 ) -> Bounds:
-    """Check and spread `bounds` over the weights; tightened to numbers that each weight's dtype can hold."""
+    """Check and spread `bounds` over the weights; tightened to numbers that each weight's dtype can hold.
+
+    Those of `integer` weights, shape (n,), are tightened to whole numbers first.
+    """
     n = len(x0)
     rows = np.empty((n, 2))
     rows[:, 0], rows[:, 1] = -np.inf, np.inf
@@ -48,10 +52,17 @@ def read_bounds(
                 f"bounds: expected low < high, got ({low[i]:g}, {high[i]:g}) for {name!r}[{i}]; "
                 "to hold a weight fixed leave it out with select="
             )
+        kind = str(tensor.dtype)
+        if integer is not None:
+            low, high = (
+                np.where(integer[part], np.ceil(low), low),
+                np.where(integer[part], np.floor(high), high),
+            )
+            kind = f"whole {kind}" if integer[part].any() else kind
         rows[part, 0], rows[part, 1] = _tighten(low, tensor.dtype, +1), _tighten(high, tensor.dtype, -1)
         if not (rows[part, 0] < rows[part, 1]).all():
             raise BoundsError(
-                f"bounds: no two {tensor.dtype} numbers lie within the bounds of {name!r}; widen them or use a "
+                f"bounds: no two {kind} numbers lie within the bounds of {name!r}; widen them or use a "
                 "wider dtype"
             )
         outside = (x0[part] < rows[part, 0]) | (x0[part] > rows[part, 1])
@@ -129,6 +140,21 @@ def read_scale(
     if not (np.isfinite(result) & (result > 0)).all():
         raise BoundsError("scale: expected positive finite numbers; a scale is the typical size of a weight")
     return result
+
+
+def require_positive(
+    log: npt.NDArray[np.bool_], slices: Slices, x0: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
+) -> None:
+    """Raise `BoundsError` where a weight whose logarithm is searched is not positive, or its lower bound is not."""
+    for what, wrong in (("weights", x0 <= 0), ("lower bounds (or none)", np.isfinite(lower) & (lower <= 0))):
+        bad = np.flatnonzero(log & wrong)
+        if len(bad):
+            name = next(name for name, part in slices.items() if part.start <= bad[0] < part.stop)
+            value = (x0 if what == "weights" else lower)[bad[0]]
+            raise BoundsError(
+                f"log: expected positive {what}, got {value:g} for {name!r}[{bad[0] - slices[name].start}]; a "
+                "logarithm is searched only where every weight and its bounds are above 0"
+            )
 
 
 def _numbers(value: Any, n: int, what: str) -> npt.NDArray[np.float64]:

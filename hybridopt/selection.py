@@ -207,6 +207,41 @@ def spread_patterns(
     return owner
 
 
+def choose_weights(which: Any, named: Named, what: str) -> npt.NDArray[np.bool_] | None:
+    """Which weights of the selected tensors are meant, shape (n,); None where it is none of them.
+
+    Args:
+        which: None; True = all; a pattern, several, or a predicate `(name, tensor) -> bool`, for whole tensors; or a
+            bool array of shape (n,).
+
+    Raises:
+        SelectionError: it is something else, or as `match_patterns`.
+    """
+    sizes = {name: t.numel() for name, t in named.tensors.items()}
+    n = sum(sizes.values())
+    if which is None:
+        return None
+    if which is True:
+        chosen: set[str] = set(sizes)
+    elif isinstance(which, str) or (
+        isinstance(which, list | tuple) and all(isinstance(p, str) for p in which)
+    ):
+        patterns = [which] if isinstance(which, str) else which
+        chosen = set(spread_patterns(dict.fromkeys(patterns), list(sizes), named.aliases, what))
+    elif callable(which):
+        chosen = {name for name, tensor in named.tensors.items() if which(name, tensor)}
+    else:
+        mask = np.array(which)
+        if mask.shape != (n,) or mask.dtype != np.bool_:
+            raise SelectionError(
+                f"{what}: expected True, patterns for names, a predicate, or a bool array of shape ({n},), got "
+                f"{which!r}"
+            )
+        return mask if mask.any() else None
+    parts = [np.full(size, name in chosen) for name, size in sizes.items()]
+    return np.concatenate(parts) if chosen else None
+
+
 def _some(names: Iterable[str], limit: int = 8) -> str:
     listed = list(names)
     more = f", … ({len(listed)} in all)" if len(listed) > limit else ""

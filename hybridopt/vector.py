@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -11,11 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hybridopt.bounds import Bounds, read_bounds, read_scale
+from hybridopt.bounds import Bounds, read_bounds, read_scale, require_positive
+from hybridopt.coordinates import Coordinates, FloatArray, Mask
 from hybridopt.errors import SelectionError
-from hybridopt.selection import Named, named_tensors, select_tensors
+from hybridopt.selection import Named, choose_weights, named_tensors, select_tensors
 
-FloatArray: TypeAlias = npt.NDArray[np.float64]
+__all__ = ["FloatArray", "Owner", "ParameterVector", "Select"]
+
 Select: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
@@ -34,8 +37,8 @@ class ParameterVector:
     dtype. Nothing is copied until asked for; the tensors stay the model's own.
 
     Two coordinate systems exist. *Weights* are what the model holds; `read`, `write`, `unflatten`, `lower` and
-    `upper` speak weights. *Solver coordinates* are weights divided by `scale`; `encode` and `decode` convert.
-    Without a scale they are the same numbers, bit for bit.
+    `upper` speak weights. *Solver coordinates* are weights, or their logarithms, divided by `scale`; `encode` and
+    `decode` convert. Without any of these they are the same numbers, bit for bit.
 
     Args:
         source: a `torch.nn.Module`; one tensor; a sequence of tensors; a mapping from names to tensors; or torch
@@ -48,12 +51,20 @@ class ParameterVector:
             mapping from patterns to pairs. Bounds are tightened to the nearest numbers that the weight's dtype
             can hold, so a rounded weight never leaves them.
         scale: None (default), `"start"` = max(|x0|, root mean square of its tensor, 1e-3) for each weight, a
-            positive number, an array of shape (n,), or a mapping from patterns to positive numbers.
+            positive number, an array of shape (n,), or a mapping from patterns to positive numbers. Of a weight that
+            is `log` it divides the logarithm (`"start"` then means 1); an `integer` one is not scaled.
+        integer: weights that stand for whole numbers (kept in their floating dtype): True = all, patterns, a predicate
+            `(name, tensor) -> bool`, or a bool array of shape (n,). Solvers move a continuous coordinate; what is
+            evaluated is the nearest whole number, halves to the even one. Bounds are tightened to whole numbers.
+            Methods that move the weights in place (torch's optimizers) refuse them.
+        log: weights whose logarithm solvers move, for what ranges over magnitudes; chosen as in `integer`. They, and
+            their lower bounds where there are any, must be positive. In-place methods ignore it, as they do `scale`.
 
     Raises:
         SelectionError: the selection is empty, patterns overlap, or a weight is complex, integer, narrower than 16
             bits, nan, without values (meta, lazy), or shares memory with another one.
-        BoundsError: bounds have the wrong shape, low >= high, or the start lies outside.
+        BoundsError: bounds have the wrong shape, low >= high, or the start lies outside; a weight or bound is not
+            positive although its logarithm is to be searched.
 
     Example:
         >>> import torch
@@ -64,6 +75,10 @@ class ParameterVector:
         >>> vector.write([0.5, -0.5, 2.0])
         >>> model.bias.item(), vector.read().tolist()
         (2.0, [0.5, -0.5, 2.0])
+        >>> tuned = {"width": torch.tensor(16.0), "rate": torch.tensor(1.0)}
+        >>> vector = ParameterVector(tuned, integer="width", log="rate")
+        >>> vector.decode(np.array([7.8, -1.0])).round(3).tolist()
+        [8.0, 0.368]
     """
 
     def __init__(
@@ -73,6 +88,8 @@ class ParameterVector:
         *,
         bounds: Any = None,
         scale: Any = None,
+        integer: Any = None,
+        log: Any = None,
     ) -> None:
         named: Named = select_tensors(named_tensors(source), select)
         self.source = source
@@ -81,23 +98,49 @@ class ParameterVector:
         self.tensors: tuple[Tensor, ...] = tuple(named.tensors.values())
         self.aliases: dict[str, str] = named.aliases
         self.groups: list[dict[str, Any]] | None = named.groups
+        self._lay_out()
+        self.epoch = 0
+        self.constrained = False  # whether an objective has constraints beside the bounds
+        self._whole: tuple[ParameterVector, npt.NDArray[np.intp]] | None = (
+            None  # what it is a part of, and which
+        )
+        self._owner: Owner | None = None
+        self._sides: tuple[list[Any], list[Tensor], list[Tensor]] | None = None
+        self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
+        x0 = self.read()
+        self._check_start(x0)
+        self.integer: Mask | None = choose_weights(integer, named, "integer")
+        self.log: Mask | None = choose_weights(log, named, "log")
+        if self.integer is not None:
+            x0[self.integer] = np.rint(x0[self.integer])
+        parts: Bounds = read_bounds(bounds, self.slices, self.tensors, x0, self.aliases, self.integer)
+        self.lower: FloatArray = parts.lower
+        self.upper: FloatArray = parts.upper
+        self.bounded: bool = bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
+        if self.log is not None:
+            require_positive(self.log, self.slices, x0, self.lower)
+        self.scale: FloatArray | None = read_scale(scale, self.slices, x0, self.aliases)
+        if self.scale is not None:
+            if isinstance(scale, str) and self.log is not None:
+                self.scale[self.log] = 1.0
+            if self.integer is not None:
+                self.scale[self.integer] = 1.0
+        self.coordinates: Coordinates = self._coordinates()
+
+    def _lay_out(self) -> None:
+        """Where each tensor stands in the flat vector."""
         self.sizes: tuple[int, ...] = tuple(t.numel() for t in self.tensors)
         ends = np.cumsum((0, *self.sizes)).tolist()
         self.n: int = ends[-1]
         self.slices: dict[str, slice] = {
             name: slice(a, b) for name, a, b in zip(self.names, ends, ends[1:], strict=False)
         }
-        self.epoch = 0
-        self._owner: Owner | None = None
-        self._sides: tuple[list[Any], list[Tensor], list[Tensor]] | None = None
-        self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
-        x0 = self.read()
-        self._check_start(x0)
-        parts: Bounds = read_bounds(bounds, self.slices, self.tensors, x0, self.aliases)
-        self.lower: FloatArray = parts.lower
-        self.upper: FloatArray = parts.upper
-        self.bounded: bool = bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any())
-        self.scale: FloatArray | None = read_scale(scale, self.slices, x0, self.aliases)
+
+    def _coordinates(self) -> Coordinates:
+        tiny: FloatArray | float = 0.0
+        if self.log is not None:
+            tiny = np.repeat([torch.finfo(t.dtype).tiny for t in self.tensors], self.sizes)[self.log]
+        return Coordinates(self.lower, self.upper, self.scale, self.integer, self.log, tiny)
 
     # -- reading and writing ------------------------------------------------------------------------------------
 
@@ -130,7 +173,7 @@ class ParameterVector:
         buffer[:] = x
         if self._owner is not None:
             self.claim(None)
-        self.epoch += 1
+        self.touch()
         with torch.no_grad():
             torch._foreach_copy_(self.tensors, views)
 
@@ -172,18 +215,57 @@ class ParameterVector:
         ]
         return torch.cat(pieces).numpy()
 
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def part(self, names: Collection[str]) -> ParameterVector:
+        """The named tensors as a vector of their own: they, their bounds, scale and coordinates are these here.
+
+        Example:
+            >>> import torch
+            >>> vector = ParameterVector(torch.nn.Linear(2, 1), bounds={"bias": (-1, 1)})
+            >>> bias = vector.part(["bias"])
+            >>> bias, bias.from_whole(np.array([1.0, 2.0, 3.0])).tolist()
+            (ParameterVector(1 weights in 1 tensors, bounded), [3.0])
+        """
+        made = copy.copy(self)
+        kept = [i for i, name in enumerate(self.names) if name in names]
+        made.names = tuple(self.names[i] for i in kept)
+        made.tensors = tuple(self.tensors[i] for i in kept)
+        made.aliases = {alias: name for alias, name in self.aliases.items() if name in names}
+        if self.groups is not None:
+            groups = [{**g, "params": [p for p in g["params"] if p in names]} for g in self.groups]
+            made.groups = [g for g in groups if g["params"]]
+        index = np.concatenate([np.arange(self.n)[self.slices[name]] for name in made.names])
+        made._lay_out()
+        root, of_root = (self, index) if self._whole is None else (self._whole[0], self._whole[1][index])
+        made._whole = (root, of_root)
+        made._sides = None
+        made.lower, made.upper = self.lower[index], self.upper[index]
+        made.bounded = bool(np.isfinite(made.lower).any() or np.isfinite(made.upper).any())
+        made.scale = None if self.scale is None else self.scale[index]
+        made.integer = None if self.integer is None or not self.integer[index].any() else self.integer[index]
+        made.log = None if self.log is None or not self.log[index].any() else self.log[index]
+        made.coordinates = made._coordinates()
+        return made
+
+    @property
+    def whole(self) -> ParameterVector:
+        """The vector that this one is a part of (of a part of ...), else itself."""
+        return self if self._whole is None else self._whole[0]
+
+    def from_whole(self, x: FloatArray) -> FloatArray:
+        """What of a point of the whole, shape (n,), is here: a new array."""
+        return x.copy() if self._whole is None else x[self._whole[1]]
+
     # -- solver coordinates -------------------------------------------------------------------------------------
 
     def encode(self, x: FloatArray) -> FloatArray:
-        """Weights -> solver coordinates, shape (..., n); the same object when there is no scale."""
-        return x if self.scale is None else x / self.scale
+        """Weights -> solver coordinates, shape (..., n); the same object where they are the same numbers."""
+        return self.coordinates.encode(x)
 
     def decode(self, z: FloatArray) -> FloatArray:
-        """Solver coordinates -> weights, shape (..., n), kept inside the bounds against rounding of `z * scale`."""
-        if self.scale is None:
-            return z
-        x: FloatArray = np.clip(z * self.scale, self.lower, self.upper)
-        return x
+        """Solver coordinates -> weights, shape (..., n), whole numbers rounded, kept inside the bounds."""
+        return self.coordinates.decode(z)
 
     @property
     def eps(self) -> FloatArray:
@@ -208,7 +290,7 @@ class ParameterVector:
 
     def restore(self, shadow: Sequence[Tensor]) -> None:
         """Set the weights from a `snapshot()`."""
-        self.epoch += 1
+        self.touch()
         with torch.no_grad():
             torch._foreach_copy_(self.tensors, list(shadow))
 
@@ -216,7 +298,7 @@ class ParameterVector:
         """Clamp the weights, in place, to the bounds."""
         if not self.bounded:
             return
-        self.epoch += 1
+        self.touch()
         low, high = self._bound_tensors()
         with torch.no_grad():
             torch._foreach_clamp_min_(self.tensors, low)
@@ -258,17 +340,21 @@ class ParameterVector:
     def touch(self) -> None:
         """Say that the weights were changed in place, so that graphs of older values are not used again."""
         self.epoch += 1
+        if self._whole is not None:
+            self._whole[0].epoch += 1
 
     def matching(self, pattern: str) -> list[str]:
         """Names that match a glob pattern."""
         return [name for name in self.names if fnmatch.fnmatchcase(name, pattern)]
 
     def describe(self) -> Mapping[str, Any]:
-        """Plain facts that a saved state is checked against: names, shapes and dtypes."""
+        """Plain facts that a saved state is checked against: names, shapes, dtypes, what a coordinate stands for."""
         return {
             "names": list(self.names),
             "shapes": [list(t.shape) for t in self.tensors],
             "dtypes": [str(t.dtype) for t in self.tensors],
+            "integer": _runs(self.integer),
+            "log": _runs(self.log),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,8 +363,9 @@ class ParameterVector:
 
     def __repr__(self) -> str:
         bounds = "bounded" if self.bounded else "unbounded"
-        scale = "" if self.scale is None else ", scaled"
-        return f"ParameterVector({self.n} weights in {len(self.names)} tensors, {bounds}{scale})"
+        parts = {"scaled": self.scale, "integer": self.integer, "log": self.log}
+        more = "".join(f", {word}" for word, part in parts.items() if part is not None)
+        return f"ParameterVector({self.n} weights in {len(self.names)} tensors, {bounds}{more})"
 
     def _check_start(self, x0: FloatArray) -> None:
         if self.n == 0:
@@ -292,3 +379,11 @@ class ParameterVector:
                     f"weights: {name!r} holds {bad} value(s) that are nan or inf; every start weight must be "
                     "finite: initialise the model, or leave this weight out with select="
                 )
+
+
+def _runs(mask: Mask | None) -> list[list[int]]:
+    """The stretches of True, as [first, last + 1]."""
+    if mask is None:
+        return []
+    ends = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False]))))
+    return [[int(a), int(b)] for a, b in ends.reshape(-1, 2)]

@@ -299,6 +299,8 @@ def test_names_slices_and_description() -> None:
         "names": ["0.weight", "0.bias", "2.weight"],
         "shapes": [[3, 2], [3], [1, 3]],
         "dtypes": ["torch.float32"] * 3,
+        "integer": [],
+        "log": [],
     }
     assert repr(vector) == "ParameterVector(12 weights in 3 tensors, unbounded)"
 

@@ -1,0 +1,99 @@
+"""Solver coordinates: how a weight becomes the number that a solver moves, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """Weights <-> solver coordinates, one number each: logarithm, then division by a scale; back with rounding.
+
+    Coordinates of whole numbers stay continuous, so that any solver can move them; the weight they stand for is the
+    nearest whole number, halves to the even one.
+
+    Every array but the last has shape (n,); None = for no weight.
+    """
+
+    lower: FloatArray
+    """Of the weights: nothing is decoded to less; -inf where unbounded."""
+    upper: FloatArray
+    scale: FloatArray | None = None
+    """1 where `integer`."""
+    integer: Mask | None = None
+    log: Mask | None = None
+    tiny: FloatArray | float = 0.0
+    """The smallest normal number of the dtype of each weight that is `log`, shape (their number,): none is less."""
+
+    def encode(self, x: FloatArray) -> FloatArray:
+        """Weights -> solver coordinates, shape (..., n); the same object where they are the same numbers."""
+        if self.log is not None:
+            x = np.array(x)
+            x[..., self.log] = np.log(np.maximum(x[..., self.log], self.tiny))
+        return x if self.scale is None else x / self.scale
+
+    def decode(self, z: FloatArray) -> FloatArray:
+        """Solver coordinates -> weights, shape (..., n), kept inside the bounds against rounding."""
+        if self.scale is None and self.integer is None and self.log is None:
+            return z
+        x = np.array(z) if self.scale is None else z * self.scale
+        if self.log is not None:
+            with np.errstate(over="ignore"):  # inf is for the loss to refuse
+                x[..., self.log] = np.maximum(np.exp(x[..., self.log]), self.tiny)
+        if self.integer is not None:
+            x[..., self.integer] = np.rint(x[..., self.integer])
+        clipped: FloatArray = np.clip(x, self.lower, self.upper)
+        return clipped
+
+    def box(self) -> tuple[FloatArray, FloatArray]:
+        """The bounds in solver coordinates. Those of whole numbers lie half a number further out.
+
+        So the outermost whole numbers have as much room as the others.
+        """
+        lower, upper = self.lower, self.upper
+        if self.integer is not None:
+            lower, upper = (
+                np.where(self.integer, lower - 0.5, lower),
+                np.where(self.integer, upper + 0.5, upper),
+            )
+        low, high = self.encode(lower), self.encode(upper)
+        return np.where(np.isinf(lower), lower, low), np.where(np.isinf(upper), upper, high)
+
+    def slope(self, x: FloatArray) -> FloatArray | None:
+        """Change of each weight with its solver coordinate at the weights `x`, shape (..., n); None where it is 1.
+
+        By the chain rule a gradient in weights times this is one in solver coordinates. 0 for whole numbers.
+        """
+        if self.integer is None and self.log is None:
+            return self.scale
+        slope = (
+            np.ones(np.shape(x)) if self.scale is None else np.broadcast_to(self.scale, np.shape(x)).copy()
+        )
+        if self.log is not None:
+            slope[..., self.log] *= x[..., self.log]
+        if self.integer is not None:
+            slope[..., self.integer] = 0.0
+        return slope
+
+
+def cells(z: FloatArray, log: Mask | None) -> tuple[FloatArray, FloatArray]:
+    """The ends of the interval of solver coordinates that stands for the same whole number as `z`, shape (..., n).
+
+    Args:
+        z: solver coordinates of whole numbers.
+        log: shape (n,), which of them are logarithms (of at least 1); None = none.
+    """
+    if log is None or not log.any():
+        whole = np.rint(z)
+        return whole - 0.5, whole + 0.5
+    whole = np.rint(np.where(log, np.exp(np.where(log, z, 0.0)), z))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = (np.where(log, np.log(whole + half), whole + half) for half in (-0.5, 0.5))
+    return low, high
