@@ -1,8 +1,8 @@
 """How many targets do our swarm and our differential evolution reach, against pyswarm's and scipy's?
 
-Usage: `OMP_NUM_THREADS=1 python benchmarks/population_quality.py [--quick] [--workers 2] [--write]`; `--write` stores
-the outcome in results/. Needs ioh (`pip install --target DIR ioh`, then `PYTHONPATH=DIR`); the last part takes EvoTorch
-if it is there.
+Usage: `OMP_NUM_THREADS=1 python benchmarks/population_quality.py [--quick] [--dimensions 2 5] [--instances 3]
+[--only quality] [--workers 2] [--write]`; `--write` stores the outcome in results/. Needs ioh (`pip install --target
+DIR ioh`, then `PYTHONPATH=DIR`); the last part takes EvoTorch if it is there.
 
 Problems: the 24 noiseless BBOB functions in the box ±5, d = 2, 5, 10, 20, instances 1 to 15, with their optimal value
 subtracted (which flatters stopping rules that are relative to the loss). Ours start at a uniformly drawn point,
@@ -237,12 +237,17 @@ def main() -> None:
         "--quick", action="store_true", help="d = 2, 5 with 2 instances, and SNES at 10^5 only"
     )
     parser.add_argument("--instances", type=int, default=15, help="instances of each function")
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[2, 5, 10, 20])
+    parser.add_argument("--only", choices=["quality", "speed"], help="one of the two parts")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--write", action="store_true", help="store the outcome in results/")
     arguments = parser.parse_args()
-    dimensions, instances = ([2, 5], 2) if arguments.quick else ([2, 5, 10, 20], arguments.instances)
-    content = compare(dimensions, instances, arguments.workers)
-    content["snes_milliseconds"] = speed((10**5,) if arguments.quick else (10**5, 10**6), 5)
+    dimensions, instances = ([2, 5], 2) if arguments.quick else (arguments.dimensions, arguments.instances)
+    content: dict[str, Any] = {}
+    if arguments.only != "speed":
+        content |= compare(dimensions, instances, arguments.workers)
+    if arguments.only != "quality":
+        content["snes_milliseconds"] = speed((10**5,) if arguments.quick else (10**5, 10**6), 5)
     if arguments.write:
         file = record("population_quality", content, "scipy", "pyswarm", "ioh")
         print(f"wrote results/{file.name}")

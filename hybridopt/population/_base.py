@@ -35,7 +35,25 @@ from hybridopt.vector import ParameterVector
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 
-class Strategy(abc.ABC):
+class Plain:
+    """Dataclasses whose fields are plain data, or `Plain` themselves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All fields, arrays as tensors."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: v.state_dict() if isinstance(v, Plain) else _pack(v) for k, v in parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the saved fields over."""
+        for f in fields(self):  # type: ignore[arg-type]
+            part, value = getattr(self, f.name), state[f.name]
+            if isinstance(part, Plain):
+                part.load_state_dict(value)
+            else:
+                setattr(self, f.name, _unpack(value))
+
+
+class Strategy(Plain, abc.ABC):
     """One algorithm between generations: a dataclass whose every field is plain data.
 
     Fields (float64, int64 or bool arrays, numbers, strings, None, and lists of these) are what a checkpoint holds.
@@ -53,20 +71,20 @@ class Strategy(abc.ABC):
         A rejected loss is +inf, and at least one is finite.
         """
 
-    def state_dict(self) -> dict[str, Any]:
-        """All fields, arrays as tensors."""
-        return {f.name: _pack(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+    def favourite(self) -> FloatArray | None:
+        """The point it would name where a low loss may be a lucky draw, shape (n,), in bounds; None = has none."""
+        return None
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the saved fields over."""
-        for f in fields(self):  # type: ignore[arg-type]
-            setattr(self, f.name, _unpack(state[f.name]))
+    def hand_over(self) -> HandOver:
+        """What a successor may use besides the best point, in solver coordinates; nothing by default."""
+        return HandOver()
 
 
 class PopulationMethod(Method):
     """A native method. A subclass is a frozen dataclass of options; `begin` makes its `Strategy`."""
 
     uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS, Need.POPULATION})
+    takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance"})
     memory_advice: ClassVar[str] = "select fewer weights (select=...)"
 
     @abc.abstractmethod
@@ -95,6 +113,11 @@ class PopulationRun:
     """A native method at work (an `Optimizer`). One step is one generation.
 
     A generation in which no loss was finite teaches nothing: the method draws another one.
+
+    Where the lowest loss is a lucky draw (`Answer.keeps_best` is False) each further generation begins with the points
+    that the run might name: the strategy's favourite, the mean of its distribution; without one, the point named so
+    far and the lowest of the last generation, compared with the same random numbers. Their losses are evaluations like
+    all others, but the strategy is not told of them. So `incumbent` is a point with a loss that did not choose it.
     """
 
     reports: tuple[StageReport, ...] = ()
@@ -108,6 +131,12 @@ class PopulationRun:
         self._best = Incumbent(start.loss, start.x0)
         self._pending: FloatArray | None = None
         self._ending: Ending | None = None
+        self._noisy = False
+        self._named = Incumbent(math.inf, None)
+        self._rival: FloatArray | None = (
+            None  # the lowest of the last generation, where there is no favourite
+        )
+        self._judged = 0  # rows of `_pending` that are points to name
         self._closed = False
 
     def _begin(self, start: Start) -> None:
@@ -124,7 +153,10 @@ class PopulationRun:
         if self._ending is not None:
             raise ClosedError(f"{self.name}: it has ended ({self._ending.message}); start it again to go on")
         if self._pending is None:
-            self._pending = np.ascontiguousarray(self.strategy.ask(self._rng), dtype=np.float64)
+            drawn = self.strategy.ask(self._rng)
+            judged = self._candidates() if self._noisy else []
+            self._judged = len(judged)
+            self._pending = np.ascontiguousarray(np.vstack([*judged, drawn]) if judged else drawn)
         return Request(Kind.POPULATION, self._pending)
 
     def tell(self, answer: Answer) -> Step | None:
@@ -136,6 +168,12 @@ class PopulationRun:
             x = self.ask().x
         assert x is not None
         assert losses is not None
+        self._noisy |= not answer.keeps_best
+        if self._judged:
+            winner = int(losses[: self._judged].argmin())
+            if math.isfinite(losses[winner]):
+                self._named = Incumbent(float(losses[winner]), x[winner].copy())
+            x, losses = x[self._judged :], losses[self._judged :]
         lowest = losses.argmin()
         loss = float(losses[lowest])
         if loss < self._best.loss:
@@ -146,17 +184,31 @@ class PopulationRun:
             if ending is not None and self._best.x is not None and not ending.loss <= self._best.loss:
                 ending = ending._replace(loss=self._best.loss, x=self._best.x)
             self._ending = ending
-        self._pending = None
+        if self._noisy:
+            self._rival = x[lowest].copy()
+        self._pending, self._judged = None, 0
         if self._ending is None:
             return Step(loss, self.name)
         return Step(loss, self.name, self._ending.reason, self._ending.message)
 
     @property
     def incumbent(self) -> Incumbent:
-        """The best point seen, unless the method has ended and names another."""
+        """The best point seen, unless the method has ended and names another; with noise the one judged best."""
+        if self._named.x is not None:
+            return self._named
         if self._ending is not None:
             return Incumbent(self._ending.loss, self._ending.x)
         return self._best
+
+    def _candidates(self) -> list[FloatArray]:
+        favourite = self.strategy.favourite()
+        if favourite is not None:
+            return [favourite]
+        return [x for x in (self._named.x, self._rival) if x is not None]
+
+    def hand_over(self) -> HandOver:
+        """See `Optimizer.hand_over`: what the strategy knows of the distance still to go."""
+        return self.strategy.hand_over()
 
     def close(self) -> None:
         """Nothing is held; asking is over."""
@@ -174,6 +226,10 @@ class PopulationRun:
             "generator": copy.deepcopy(dict(self._bits.state)),
             "pending": _pack(self._pending),
             "best": [self._best.loss, _pack(self._best.x)],
+            "noisy": self._noisy,
+            "named": [self._named.loss, _pack(self._named.x)],
+            "rival": _pack(self._rival),
+            "judged": self._judged,
             "ending": None
             if ending is None
             else [ending.reason.value, ending.message, ending.loss, _pack(ending.x)],
@@ -196,6 +252,9 @@ class PopulationRun:
         self._bits.state = copy.deepcopy(state["generator"])
         self._pending = _unpack(state["pending"])
         self._best = Incumbent(state["best"][0], _unpack(state["best"][1]))
+        self._noisy, self._judged = state["noisy"], state["judged"]
+        self._named = Incumbent(state["named"][0], _unpack(state["named"][1]))
+        self._rival = _unpack(state["rival"])
         self._ending = None
         if state["ending"] is not None:
             reason, message, loss, x = state["ending"]

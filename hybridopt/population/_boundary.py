@@ -16,6 +16,8 @@ class Space:
     pycma works alike, with another margin). A loss that falls towards a bound becomes one with a smooth minimum
     there, so no penalty is needed, and the distribution that is learnt is the one that was sampled.
 
+    A whole number has no mirror: what lies beyond its bound stands for the outermost number, so it is clipped.
+
     Args:
         start: bounds and dtype limits, in solver coordinates.
         scale: shape (n,), positive: solver coordinates per search coordinate.
@@ -28,6 +30,8 @@ class Space:
         self.scale = scale
         self.scaled, self.bounded = bool((scale != 1.0).any()), start.bounded
         lower, upper = start.lower, start.upper
+        if start.integer is not None:
+            lower, upper = np.where(start.integer, -np.inf, lower), np.where(start.integer, np.inf, upper)
         both = np.isfinite(upper - lower)
         self._margin_lower = self.MARGIN * np.where(both, upper - lower, 1 + np.abs(lower))
         self._margin_upper = self.MARGIN * np.where(both, upper - lower, 1 + np.abs(upper))
@@ -62,7 +66,8 @@ class Space:
         if len(at[0]):
             i = at[1]
             x[at] = self.start.upper[i] - (self._last[i] - x[at]) ** 2 / (4 * self._margin_upper[i])
-        return x  # rounding cannot leave the box: a bound, moved inwards by a square
+        # rounding cannot leave the box: a bound, moved inwards by a square
+        return x if self.start.integer is None else self.start.clip(x)
 
     def outside(self, x: FloatArray) -> FloatArray:
         """Search coordinates, shape (n,), of a point within the bounds."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
+from hybridopt.optimizer import HandOver
 from hybridopt.population._base import FloatArray
 from hybridopt.start import Ending, Start
 
@@ -31,27 +32,68 @@ def require_positive(method: Any, *options: str) -> None:
 def spread(start: Start, sigma: float | None) -> FloatArray:
     """Initial standard deviation of each weight, shape (n,), in solver coordinates.
 
-    `sigma` where it is given, else what a predecessor handed over, else 0.3 × the range of a bounded weight and 0.5 for
-    an unbounded one.
+    `sigma` where it is given. Else 0.3 × the range of a bounded weight and 0.5 for an unbounded one, or what a
+    predecessor handed over, but a tenth of the former at least: one that has converged hands over next to nothing. A
+    handed-over shape is put on either.
     """
-    given = start.sigma if sigma is None else sigma
-    if given is not None:
-        return np.full(start.n, float(given))
+    if sigma is not None:
+        return np.full(start.n, float(sigma))
     width = start.upper - start.lower
-    return np.where(np.isfinite(width), 0.3 * width, 0.5)
+    size = np.where(np.isfinite(width), 0.3 * width, 0.5)
+    if start.sigma is not None:
+        size = np.maximum(start.sigma, size / 10)
+    if start.covariance is None:
+        return size
+    C = start.covariance
+    stds: FloatArray = size * np.sqrt(C if C.ndim == 1 else C.diagonal())
+    return stds
+
+
+def correlated(start: Start, sigma: float | None) -> FloatArray | None:
+    """The lower Cholesky factor of the correlations that a predecessor handed over, shape (n, n).
+
+    None where there are none, where they are not positive definite, or where `sigma` is given, which says more.
+    """
+    C = start.covariance
+    if C is None or C.ndim == 1 or sigma is not None:
+        return None
+    stds = np.sqrt(C.diagonal())
+    try:
+        factor: FloatArray = np.linalg.cholesky(C / np.outer(stds, stds))
+    except np.linalg.LinAlgError:
+        return None
+    return factor
+
+
+def handed(covariance: FloatArray) -> HandOver:
+    """A distribution, by its covariance, shape (n, n), or variances, shape (n,), as a successor may take it over."""
+    variances = covariance if covariance.ndim == 1 else covariance.diagonal()
+    if not ((variances > 0) & np.isfinite(variances)).all():
+        return HandOver()
+    size = float(np.exp(np.log(variances).mean()))
+    return HandOver(sigma=size**0.5, covariance=covariance / size)
+
+
+def handed_points(x: FloatArray, losses: FloatArray) -> HandOver:
+    """Points whose losses are finite, shape (k, n), as a successor may take them over: the best first."""
+    order = np.argsort(losses, kind="stable")[: int(np.isfinite(losses).sum())]
+    return HandOver(points=x[order], losses=losses[order]) if len(order) else HandOver()
 
 
 def first_points(start: Start, popsize: int, rng: np.random.Generator) -> FloatArray:
     """A first population, shape (popsize, n): the start, then points drawn uniformly from the box.
 
-    Where a predecessor handed a spread over they are normal about the start, mirrored at the bounds.
+    Where a predecessor handed a spread over they are normal about the start, mirrored at the bounds. Good points that
+    it handed over take up to half of the places.
     """
     if start.sigma is None:
         x = start.lower + rng.random((popsize, start.n)) * (start.upper - start.lower)
     else:
-        x = start.x0 + start.sigma * rng.standard_normal((popsize, start.n))
-        x = mirror(start, x)
+        x = mirror(start, start.x0 + spread(start, None) * rng.standard_normal((popsize, start.n)))
     x[0] = start.x0
+    if start.points is not None:
+        known = start.points[(start.points != start.x0).any(1)][: popsize // 2]
+        x[1 : 1 + len(known)] = known
     return start.clip(x)
 
 

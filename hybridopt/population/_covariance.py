@@ -6,15 +6,15 @@ import abc
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import solve_triangular
 from scipy.linalg.blas import dsyr, dsyrk, dtrmm
 from scipy.linalg.lapack import dpotrf
 
-from hybridopt.population._base import FloatArray, _pack, _unpack
+from hybridopt.population._base import FloatArray, Plain
 
 FULL, SEPARABLE, LIMITED = "full", "separable", "limited"
 HISTORY = 20_000  # generations whose losses are kept
@@ -99,24 +99,6 @@ def constants(n: int, popsize: int, kind: str, active: bool) -> Constants:
     )
 
 
-class Plain:
-    """Dataclasses whose fields are plain data, or `Plain` themselves."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All fields, arrays as tensors."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {k: v.state_dict() if isinstance(v, Plain) else _pack(v) for k, v in parts.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the saved fields over."""
-        for name, value in state.items():
-            part = getattr(self, name)
-            if isinstance(part, Plain):
-                part.load_state_dict(value)
-            else:
-                setattr(self, name, _unpack(value))
-
-
 class Covariance(Plain, abc.ABC):
     """The shape of the distribution."""
 
@@ -187,6 +169,11 @@ class Full(Covariance):
     def round(cls, n: int) -> Full:
         """C = I."""
         return cls(np.zeros(n), np.eye(n), np.eye(n))
+
+    @classmethod
+    def of(cls, factor: FloatArray) -> Full:
+        """C = factor factorᵀ, from its lower Cholesky factor."""
+        return cls(np.zeros(len(factor)), factor @ factor.T, np.ascontiguousarray(factor.T))
 
     def transform(self, z: FloatArray) -> FloatArray:
         """See `Covariance.transform`: n² popsize operations."""

@@ -11,10 +11,11 @@ import numpy as np
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
+from hybridopt.optimizer import HandOver
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
 from hybridopt.population._boundary import Space
-from hybridopt.population._common import require_at_least, require_positive, spread
+from hybridopt.population._common import correlated, handed, require_at_least, require_positive, spread
 from hybridopt.population._covariance import (
     FULL,
     HISTORY,
@@ -23,11 +24,11 @@ from hybridopt.population._covariance import (
     Constants,
     Covariance,
     Full,
-    Plain,
     Rate,
     constants,
     path,
 )
+from hybridopt.population._margin import Margin
 from hybridopt.start import Ending, Start
 
 
@@ -45,7 +46,9 @@ class CMAES(PopulationMethod):
     2016): without selection both paths have the same distribution; with it they differ while C still turns, since the
     triangular factor turns along. On BBOB the evaluations needed are the same. The factor is renewed every
     1/(2 n (c_1 + c_mu)) generations (B.2 says 1/(10 n ...); pycma does as we do). Bounds: the search itself has none;
-    what it samples is mapped into the box (`Space`), so that the evaluated point always lies inside.
+    what it samples is mapped into the box (`Space`), so that the evaluated point always lies inside. Weights that stand
+    for whole numbers keep a chance to leave theirs (`Margin`). Where losses are random, each generation also evaluates
+    the mean, which is what the method then names as its point; see `learning_rate_adaptation` and popsize for noise.
 
     It also ends, as stalled, when the loss is flat, when best and median losses stagnate, when the step size has grown
     10 000-fold, and at the limit of rounding (tutorial, B.3).
@@ -66,7 +69,8 @@ class CMAES(PopulationMethod):
         tolfun: converged when the last generation's losses and the best of each of the last 10 + 30 n / popsize
             generations differ by no more than this (absolute).
         tolfunhist: the same for those best losses alone.
-        tolx: converged when every weight's standard deviation is below this, in solver coordinates.
+        tolx: converged when every weight's standard deviation is below this, in solver coordinates; those of whole
+            numbers do not count, since they never are.
         tolcond: stalled when the condition number of C is above this.
 
     Raises:
@@ -127,7 +131,7 @@ class CMAES(PopulationMethod):
 
 
 @dataclass(init=False)
-class Search(Plain, Strategy):
+class Search(Strategy):
     """CMA-ES between generations. A restart begins all fields up to `medians` anew."""
 
     popsize: int
@@ -135,6 +139,8 @@ class Search(Plain, Strategy):
     sigma: float
     mean: FloatArray
     """In coordinates without bounds, as all points and steps here (`Space`)."""
+    stretch: FloatArray | None
+    """By which the steps in each coordinate are multiplied so that whole numbers are left; None = there are none."""
     p_sigma: FloatArray
     shape: Covariance
     rate_mean: Rate | None
@@ -165,15 +171,24 @@ class Search(Plain, Strategy):
         stds = spread(start, method.sigma)
         self.sigma0 = float(stds.max())
         self.space = Space(start, stds / self.sigma0)
+        self.margin = None if start.integer is None else Margin(start, self.space.scale)
+        whole = start.integer
+        self.judged = (
+            slice(None) if whole is None or whole.all() else ~whole
+        )  # by whose deviations it may end
         self.best_loss, self.best_x = start.loss, start.x0
         self.restarted = self.spent_large = self.spent_small = self.limit = 0
         self.large = self.last_large = method.points(start.n)
         self.small = False
         self._begin(self.space.outside(start.x0), self.sigma0, self.large)
+        factor = correlated(start, method.sigma)
+        if factor is not None and isinstance(self.shape, Full):
+            self.shape = Full.of(factor)
 
     def _begin(self, mean: FloatArray, sigma: float, popsize: int) -> None:
         n = len(mean)
         self.mean, self.sigma, self.popsize, self.generation = mean, sigma, popsize, 0
+        self.stretch = None if self.margin is None else np.ones(n)
         self.p_sigma = np.zeros(n)
         self.shape = SHAPES[self.method.covariance].round(n)
         self.rate_mean = self.rate_shape = None
@@ -186,7 +201,10 @@ class Search(Plain, Strategy):
         """See `Strategy.ask`."""
         self.z = rng.standard_normal((self.popsize, len(self.mean)))
         self.y = self.shape.transform(self.z)  # eq. 39
-        return self.space.inside(self.mean + self.sigma * self.y)  # eq. 40
+        return self.space.inside(self.mean + self.sigma * self._stretched(self.y))  # eq. 40
+
+    def _stretched(self, y: FloatArray) -> FloatArray:
+        return y if self.stretch is None else y * self.stretch
 
     def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
         """See `Strategy.tell`."""
@@ -212,13 +230,21 @@ class Search(Plain, Strategy):
         self.shape.adapt(k, z, y, z_w, y_w, h_sigma)  # eq. 45-47
         growth = math.exp(k.c_sigma / k.d_sigma * (length / k.chi - 1))  # eq. 44
         if self.rate_mean is None:
-            self.mean = self.mean + self.sigma * y_w  # eq. 42
+            self.mean = self.mean + self.sigma * self._stretched(y_w)  # eq. 42
             self.sigma *= growth
             self.shape.refresh(k)
         else:
             self._learn_slower(z_w, y_w, growth)
+        if self.margin is not None:
+            assert self.stretch is not None
+            self.mean, factors = self.margin.keep(self.mean, self._deviations(), self.popsize)
+            self.stretch[self.margin.at] *= factors
         ended = self._ended(k, losses)
         return None if ended is None else self._go_on(*ended, rng)
+
+    def _deviations(self) -> FloatArray:
+        """Of each weight, shape (n,), in search coordinates."""
+        return self._stretched(self.sigma * self.shape.deviations())
 
     def _learn_slower(self, z_w: FloatArray, y_w: FloatArray, growth: float) -> None:
         """Only a part eta of the changes of mean and sigma² C (LRA-CMA-ES, Algorithm 2)."""
@@ -231,8 +257,20 @@ class Search(Plain, Strategy):
         after = self.rate_mean.follow(z_w)
         change *= self.rate_shape.follow(change / math.sqrt(2))
         change.flat[:: len(z_w) + 1] += 1
-        self.mean = self.mean + after * self.sigma * y_w
+        self.mean = self.mean + after * self.sigma * self._stretched(y_w)
         self.sigma *= self.shape.become(change) * before / after
+
+    def favourite(self) -> FloatArray | None:
+        """See `Strategy.favourite`: the mean; with restarts none, since a new search begins anywhere."""
+        return self.space.inside(self.mean[None])[0] if self.method.restarts == "none" else None
+
+    def hand_over(self) -> HandOver:
+        """See `Strategy.hand_over`: the distribution."""
+        if not isinstance(self.shape, Full):
+            return handed((self._deviations() * self.space.scale) ** 2)
+        scale = self._stretched(self.sigma * self.space.scale)
+        C = np.triu(self.shape.C) + np.triu(self.shape.C, 1).T
+        return handed(C * np.outer(scale, scale))
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -252,13 +290,13 @@ class Search(Plain, Strategy):
         if self.generation == self.limit:
             return Reason.STALLED, "the small search has spent its share"
         if self.generation % 10 == 0:
-            deviations = self.sigma * self.shape.deviations()
-            largest = float((deviations * self.space.scale).max())
+            deviations = self._deviations()
+            largest = float((deviations * self.space.scale)[self.judged].max())
             if largest <= m.tolx:
                 return Reason.CONVERGED, "tolx: every weight's standard deviation is below it"
             if largest > 1e4 * self.sigma0:
                 return Reason.STALLED, "the step size grew 10000-fold: give a larger sigma, or bounds"
-            if bool((self.mean == self.mean + 0.2 * deviations).any()):
+            if bool((self.mean == self.mean + 0.2 * deviations)[self.judged].any()):
                 return Reason.STALLED, "a weight's standard deviation is below its rounding error"
             if math.isnan(largest):
                 return Reason.STALLED, "the condition number of the covariance is infinite"

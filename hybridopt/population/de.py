@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import Need
+from hybridopt.optimizer import HandOver, Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
-from hybridopt.population._common import agree, end, first_points, require_at_least
+from hybridopt.population._common import agree, end, first_points, handed_points, require_at_least
 from hybridopt.start import Ending, Start
 
 _SMALLEST = 4  # N_min of L-SHADE: the mutation needs four different points
@@ -58,6 +58,7 @@ class DifferentialEvolution(PopulationMethod):
 
     name: ClassVar[str] = "de"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance", "points"})
 
     popsize: int | None = None
     reduce_over: int | None = None
@@ -139,6 +140,10 @@ class _Evolution(Strategy):
         crossed = rng.random((size, n)) < CR
         crossed[np.arange(size), rng.integers(n, size=size)] = True
         return np.where(crossed, v, self.x)  # eq. 5: binomial crossover
+
+    def hand_over(self) -> HandOver:
+        """See `Strategy.hand_over`: the population."""
+        return handed_points(self.x, self.losses)
 
     def _draw_settings(self, rng: np.random.Generator) -> None:
         size = len(self.x)

@@ -12,11 +12,12 @@ import torch
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import Answer, Method
+from hybridopt.optimizer import Answer, HandOver, Method
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
 from hybridopt.population._common import (
     end,
+    handed,
     require_at_least,
     require_positive,
     share_by_rank,
@@ -222,6 +223,14 @@ class _OpenAI(Strategy):
         if self.settled():
             return end(Reason.CONVERGED, "the largest standard deviation is down to tolx", x, losses)
         return None
+
+    def favourite(self) -> FloatArray | None:
+        """See `Strategy.favourite`: the center."""
+        return self.start.clip(self.mu.copy())
+
+    def hand_over(self) -> HandOver:
+        """See `Strategy.hand_over`: the width of the blur."""
+        return handed(self.sigma**2)
 
     def gradient(self, first: FloatArray) -> FloatArray:
         """The center's gradient from the mean of `w z`: of the loss blurred by sigma (section 2)."""

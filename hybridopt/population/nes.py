@@ -10,11 +10,14 @@ from typing import ClassVar
 import numpy as np
 
 from hybridopt.ledger import Reason
+from hybridopt.optimizer import HandOver
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
 from hybridopt.population._common import (
     agree,
+    correlated,
     end,
+    handed,
     mirror,
     require_at_least,
     require_positive,
@@ -73,7 +76,8 @@ class SNES(_NES):
         eta_mu, eta_sigma: learning rates of mean and spread; None = (3 + ln n) / (5 sqrt n).
         tolfun: converged when the losses of a generation differ by less than this × max(1, |lowest|).
         tolx: converged when the largest standard deviation is down to this, in solver coordinates.
-        patience: stalled after this many generations in a row whose losses were all equal.
+        patience: stalled after this many generations in a row whose losses were all equal. Also stalled: when the
+            largest standard deviation has grown 10 000-fold.
 
     Raises:
         MethodError: an option of the wrong type or sign.
@@ -117,7 +121,8 @@ class XNES(_NES):
         eta_mu, eta_sigma, eta_b: learning rates of mean, size and shape; None = (9 + 3 ln n) / (5 n sqrt n).
         tolfun: converged when the losses of a generation differ by less than this × max(1, |lowest|).
         tolx: converged when the largest standard deviation is down to this, in solver coordinates.
-        patience: stalled after this many generations in a row whose losses were all equal.
+        patience: stalled after this many generations in a row whose losses were all equal. Also stalled: when the
+            largest standard deviation has grown 10 000-fold.
 
     Raises:
         MethodError: an option of the wrong type or sign.
@@ -147,12 +152,15 @@ class XNES(_NES):
 
     def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
         """See `PopulationMethod.begin`."""
-        stds = spread(start, self.sigma)
-        sigma = math.exp(np.log(stds).mean())  # so that det B = 1, as the updates keep it
+        factor = correlated(start, self.sigma)
+        B = np.diag(spread(start, self.sigma))
+        if factor is not None:
+            B = B @ factor
+        sigma = math.exp(
+            np.log(B.diagonal()).mean()
+        )  # so that det B = 1, as the updates keep it; B is triangular
         fresh = not math.isfinite(start.loss)
-        return _XNES(start.x0, fresh, 0, sigma, np.diag(stds / sigma), np.empty((0, start.n))).serve(
-            self, start
-        )
+        return _XNES(start.x0, fresh, 0, sigma, B / sigma, np.empty((0, start.n))).serve(self, start)
 
 
 @dataclass
@@ -169,6 +177,7 @@ class _Normal(Strategy):
     def serve(self, method: _NES, start: Start) -> Strategy:
         """Take the options and the start, from which no state follows."""
         self.method, self.start = method, start
+        self.widest = 1e4 * float(spread(start, method.sigma).max())
         return self
 
     def ask(self, rng: np.random.Generator) -> FloatArray:
@@ -190,11 +199,18 @@ class _Normal(Strategy):
             return end(Reason.CONVERGED, "the losses of a generation agree within tolfun", x, losses)
         if self.width() <= self.method.tolx:
             return end(Reason.CONVERGED, "the largest standard deviation is down to tolx", x, losses)
+        if not self.width() <= self.widest:
+            message = "the step size grew 10000-fold: give a larger sigma, or bounds"
+            return end(Reason.STALLED, message, x, losses)
         if self.idle >= self.method.patience:
             return end(
                 Reason.STALLED, f"all losses of {self.idle} generations in a row were equal", x, losses
             )
         return None
+
+    def favourite(self) -> FloatArray | None:
+        """See `Strategy.favourite`: the mean."""
+        return mirror(self.start, self.mu)
 
     @abc.abstractmethod
     def sample(self, rng: np.random.Generator, out: FloatArray) -> None:
@@ -238,6 +254,10 @@ class _SNES(_Normal):
         """See `_Normal.width`."""
         return float(self.sigma.max())
 
+    def hand_over(self) -> HandOver:
+        """See `Strategy.hand_over`: the distribution."""
+        return handed(self.sigma**2)
+
 
 @dataclass
 class _XNES(_Normal):
@@ -275,3 +295,7 @@ class _XNES(_Normal):
     def width(self) -> float:
         """See `_Normal.width`."""
         return self.sigma * float(np.sqrt((self.B**2).sum(1)).max())
+
+    def hand_over(self) -> HandOver:
+        """See `Strategy.hand_over`: the distribution."""
+        return handed(self.sigma**2 * (self.B @ self.B.T))

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import Need
+from hybridopt.optimizer import HandOver, Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
-from hybridopt.population._common import agree, end, first_points, require_at_least
+from hybridopt.population._common import agree, end, first_points, handed_points, require_at_least
 from hybridopt.start import Ending, Start
 
 
@@ -55,9 +55,10 @@ class PSO(PopulationMethod):
 
     name: ClassVar[str] = "pso"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance", "points"})
 
     swarmsize: int = 40
-    omega: float = 0.7298  # chi = 2 / |2 - phi - sqrt(phi² - 4 phi)|, phi = 4.1 (eq. 14 with kappa = 1)
+    omega: float = 0.7298  # chi = 2 / |2 - phi - sqrt(phi² - 4 phi)|, phi = 4.1
     phip: float = 1.49618  # chi × 2.05
     phig: float = 1.49618
     topology: Literal["global", "ring"] = "global"
@@ -122,6 +123,10 @@ class _Swarm(Strategy):
         self.x = np.clip(moved, lower, upper)
         self.v = np.where(self.x == moved, v, 0.0) if method.walls == "absorb" else v
         return self.x
+
+    def hand_over(self) -> HandOver:
+        """See `Strategy.hand_over`: the best points of the particles."""
+        return handed_points(self.best_x, self.best)
 
     def _leaders(self) -> npt.NDArray[np.intp]:
         """Which particle has the best point among each one's neighbours and itself, shape (swarmsize,)."""

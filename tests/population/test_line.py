@@ -1,0 +1,93 @@
+"""STEP along the coordinates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hybridopt
+from hybridopt import Reason
+from hybridopt.errors import BoundsError, MethodError
+from hybridopt.population.line import CoordinateSearch, _Line
+from hybridopt.testing import OptimizerContract
+
+
+class TestCoordinateSearch(OptimizerContract):
+    method = hybridopt.method("coordinate_search")
+    bounds = (-2.0, 2.0)
+    random = False
+
+
+def rastrigin(x: np.ndarray) -> float:
+    """Minimum 0 at 1.3, ten local minima a coordinate."""
+    z = x - 1.3
+    return float((z**2 - 10 * np.cos(2 * np.pi * z) + 10).sum())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 10])
+def test_a_separable_loss_is_minimised_one_weight_at_a_time(n: int) -> None:
+    x0 = np.random.default_rng(n).uniform(-4, 4, n)
+    result = hybridopt.minimize(rastrigin, x0, "coordinate_search", bounds=(-5, 5), budget=250 * n, seed=0)
+    assert result.best_loss < 1e-6
+
+
+def test_turns_serve_every_coordinate() -> None:
+    """After k rounds every coordinate has been looked at k times."""
+    seen: list[np.ndarray] = []
+
+    def loss(x: np.ndarray) -> float:
+        seen.append(x.copy())
+        return rastrigin(x)
+
+    hybridopt.minimize(loss, np.zeros(4), "coordinate_search", bounds=(-5, 5), budget=41, seed=0)
+    values = [len(np.unique(np.array(seen)[:, i])) for i in range(4)]
+    assert values == [11] * 4
+
+
+def test_intervals() -> None:
+    """The ends first; then the middle of the interval whose parabola is flattest."""
+    line = _Line(CoordinateSearch(gain=1e-3), 1.0, 5.0, 0.0, 4.0)
+    assert line.next() == 0.0
+    line.add(0.0, 9.0)
+    assert line.next() == 4.0
+    line.add(4.0, 6.0)
+    # spread 4, goal 4.996: (sqrt(4.004/4) + sqrt(.004/4))² · (4/1)² against (sqrt(1.004/4) + ...)² · (4/3)²
+    assert line.next() == 2.5
+    line.add(2.5, 4.0)
+    assert line.best == 4.0
+    assert line.next() == (1.0 + 2.5) / 2
+    assert line.x == [0.0, 1.0, 2.5, 4.0]
+
+
+def test_it_ends_where_no_coordinate_can_be_improved() -> None:
+    result = hybridopt.minimize(
+        lambda x: float((x**2).sum()),
+        np.array([1.5, -0.7]),
+        "coordinate_search",
+        bounds=(-2, 2),
+        budget=5000,
+        seed=0,
+    )
+    assert result.reason is Reason.CONVERGED
+    assert result.best_loss < 1e-10
+    assert result.evaluations < 4000
+
+
+def test_a_start_on_a_bound() -> None:
+    result = hybridopt.minimize(
+        rastrigin, np.array([-5.0, 5.0]), "coordinate_search", bounds=(-5, 5), budget=500, seed=0
+    )
+    assert result.best_loss < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"difficulty": -1.0}, {"gain": np.inf}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(MethodError, match="expected a positive finite"):
+        CoordinateSearch(**options)
+
+
+def test_it_needs_a_box() -> None:
+    with pytest.raises(BoundsError, match="coordinate_search: expected finite bounds"):
+        hybridopt.minimize(rastrigin, np.zeros(2), "coordinate_search", budget=9, seed=0)
