@@ -48,25 +48,64 @@ class Accounts:
             if ledger.nonfinite_in_a_row >= NONFINITE_PATIENCE:
                 raise Stop(ledger, Reason.NON_FINITE)
 
-    def fitting(self, ledgers: Sequence[Ledger], rows: int) -> int:
-        """How many of `rows` evaluations by value no limit forbids; `Stop` if not even one."""
-        self.check(ledgers, 1, 1, 0)
-        for fit in range(rows, 1, -1):
-            try:
-                self.check(ledgers, fit, fit, 0)
-            except Stop:
-                continue
-            return fit
-        return 1
+    def fitting(self, ledgers: Sequence[Ledger], rows: int, backward: int = 0) -> int:
+        """How many of `rows` evaluations, each of a forward and so many backwards, no limit forbids.
 
-    def book(self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool) -> None:
-        """Count one evaluation with its loss, in all ledgers."""
+        Raises:
+            Stop: not even one.
+        """
+        self.check(ledgers, 1, 1, backward)
+        for ledger in ledgers:
+            evaluations = ledger.max_evaluations - ledger.evaluations
+            left = ledger.max_equivalents - ledger.backward_cost * ledger.backward - ledger.forward
+            rows = math.floor(min(rows, evaluations, left / (1 + ledger.backward_cost * backward)))
+        try:
+            self.check(ledgers, rows, rows, rows * backward)
+        except Stop:  # the differences above were rounded upwards
+            rows -= 1
+        return max(rows, 1)
+
+    def pay(self, ledgers: Sequence[Ledger], forward: int, backward: int) -> None:
+        """Count what is no evaluation of the loss: a Jacobian, constraints."""
         for ledger in ledgers:
             ledger.forward += forward
             ledger.backward += backward
-            ledger.book(value, probe, self.source)
+
+    def book(
+        self,
+        ledgers: Sequence[Ledger],
+        value: float,
+        forward: int,
+        backward: int,
+        probe: bool,
+        violation: float = 0.0,
+    ) -> None:
+        """Count one evaluation with its loss, in all ledgers."""
+        self.pay(ledgers, forward, backward)
+        for ledger in ledgers:
+            ledger.book(value, probe, self.source, violation)
         for listener in self.listeners:
             listener.evaluated(self.ledger, ledgers[1:], value, probe)
+
+    def book_many(
+        self, ledgers: Sequence[Ledger], values: Sequence[float], lowest: int, backward: int, probe: bool
+    ) -> None:
+        """Count evaluations of finite losses, each of a forward and so many backwards, that no listener hears of.
+
+        One by one they take 1.0 of 2.7 ms of a batch (256 rows of 10 weights and their gradients, one CPU core).
+
+        Args:
+            lowest: index of the first lowest value, whose point is the one being answered.
+        """
+        rest = len(values) - 1
+        self.pay(ledgers, len(values), len(values) * backward)
+        for ledger in ledgers:
+            ledger.evaluations += lowest
+            ledger.book(values[lowest], probe, self.source)
+            ledger.evaluations += rest - lowest
+            ledger.worst_loss = max(ledger.worst_loss, *values)
+            if not probe:
+                ledger.last_loss = values[-1]
 
     def reject(self, value: float, start: bool, what: str = "loss") -> None:
         """Say that the evaluation just booked was not finite: once as a warning, or as an error where asked.
@@ -97,11 +136,17 @@ class Accounts:
             )
 
     def book_member(
-        self, ledgers: Sequence[Ledger], value: float, forward: int, backward: int, probe: bool
+        self,
+        ledgers: Sequence[Ledger],
+        value: float,
+        forward: int,
+        backward: int,
+        probe: bool,
+        violation: float = 0.0,
     ) -> float:
         """Book one member of a population, whose generation counts once for the patience; what is told of it."""
         if math.isfinite(value):
-            self.book(ledgers, value, forward, backward, probe)
+            self.book(ledgers, value, forward, backward, probe, violation)
             return value
         before = [ledger.nonfinite_in_a_row for ledger in ledgers]
         self.book(ledgers, value, forward, backward, probe)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridopt.errors import BoundsError, MissingGradient
+from hybridopt.errors import BoundsError, MissingGradient, ObjectiveError
 from hybridopt.forms import Form, Loss, as_number
 from hybridopt.guard import ModelGuard
 from hybridopt.point import Point
 from hybridopt.randomness import Randomness
+from hybridopt.residuals import Residuals
 from hybridopt.vector import FloatArray, ParameterVector
+
+_MOVERS: dict[int, object] = {}  # id of a first weight -> token of the evaluation that moved it last
 
 
 class Kept(NamedTuple):
@@ -40,6 +44,8 @@ class Evaluation:
         randomness: lent to every call.
         guard: clears gradients, settles buffers.
         keep: which point counts as the best, see `Objective`.
+        residuals: whose half squared norm the loss is; None = the loss is one number.
+        one_by_one: whether derivatives of many numbers come one by one too (`batch="loop"`).
     """
 
     def __init__(
@@ -50,8 +56,12 @@ class Evaluation:
         randomness: Randomness,
         guard: ModelGuard,
         keep: Literal["auto", "best", "last"],
+        residuals: Residuals | None = None,
+        one_by_one: bool = False,
     ) -> None:
+        self.one_by_one = one_by_one
         self.vector = vector
+        self.residuals = residuals
         self.loss = loss
         self.surrogate = surrogate
         self.randomness = randomness
@@ -67,6 +77,8 @@ class Evaluation:
         self.kept: Kept | None = None
         """What a gradient question about the last value can use."""
         self._epoch = -1  # state of the weights when they were brought to `x`
+        self._token = object()
+        self._moved = False
 
     # -- where the weights stand --------------------------------------------------------------------------------
 
@@ -75,8 +87,19 @@ class Evaluation:
 
         Raises:
             BoundsError: it lies outside the bounds.
+            ObjectiveError: they should stay, but another run has moved them since.
         """
         self.kept = None
+        tensor = self.vector.tensors[0]
+        if z is None and self._moved and _MOVERS.get(id(tensor)) is not self._token:
+            raise ObjectiveError(
+                "weights: another run has moved them since this method, which keeps its iterate in them, did its last "
+                "step; give each run a model of its own (copy.deepcopy), or let one finish before the other goes on"
+            )
+        self._moved = True
+        if id(tensor) not in _MOVERS:
+            weakref.finalize(tensor, _MOVERS.pop, id(tensor), None)
+        _MOVERS[id(tensor)] = self._token
         if z is None:
             self.x = None
             return
@@ -103,6 +126,8 @@ class Evaluation:
     def stands_at(self, z: FloatArray | None) -> bool:
         """Whether the weights are where the last question put them, and that is `z`."""
         if self.x is None or z is None or self._epoch != self.vector.epoch:
+            return False
+        if _MOVERS.get(id(self.vector.tensors[0])) is not self._token:
             return False
         return np.array_equal(self.vector.decode(z), self.x)
 
@@ -196,15 +221,7 @@ class Evaluation:
         In place they are made by `backward`, which gives each weight memory of its own in its own layout.
         """
         if self.surrogate is not None:
-            self.guard.lend_buffers()
-            self.randomness.begin(False)
-            try:
-                with torch.enable_grad():
-                    result = self.surrogate.call()
-            finally:
-                self.randomness.end()
-                self.guard.return_buffers()
-            kept = Kept(_graph(result), None, self.vector.epoch)
+            kept = Kept(_graph(self.call(self.surrogate.call, True)), None, self.vector.epoch)
         assert kept is not None
         if kept.grads is not None:
             return kept.grads
@@ -215,6 +232,26 @@ class Evaluation:
         self.guard.clear_gradients()
         torch.autograd.backward(kept.graph, inputs=list(self.vector.tensors))
         return [t.grad for t in self.vector.tensors]
+
+    def call(self, function: Callable[[], Any], graph: bool) -> Any:
+        """What another function than the loss says where the weights stand, with the draws of the last evaluation.
+
+        Args:
+            function: without arguments.
+            graph: whether it is called in grad mode.
+        """
+        before = self.randomness.used
+        self.guard.lend_buffers()
+        self.randomness.begin(False)
+        try:
+            with torch.set_grad_enabled(graph):
+                return function()
+        finally:
+            self.randomness.end()
+            self.guard.return_buffers()
+            self.guard.settle_buffers(False)
+            if before is None:
+                self.randomness.used = None  # only the loss can say whether it draws
 
     def backwards(self, gradient: bool, before: bool = False) -> int:
         """Backward passes of one evaluation: a closure's own serves as its gradient's unless a surrogate is asked.
@@ -235,7 +272,12 @@ class Evaluation:
         with torch.no_grad():
             flat = self.vector.gather([None if g is None else g.to_dense() for g in grads])
         finite = bool(np.isfinite(flat).all())
-        return (flat if self.vector.scale is None else flat * self.vector.scale), finite
+        return self.to_solver(flat), finite
+
+    def to_solver(self, derivative: FloatArray) -> FloatArray:
+        """Derivatives by the weights, shape (..., n), at the point being answered, as those by solver coordinates."""
+        slope = None if self.x is None else self.vector.coordinates.slope(self.x)
+        return derivative if slope is None else derivative * slope
 
     def nothing(self, in_place: bool) -> FloatArray | None:
         """What is delivered where a loss was not finite: no `.grad`, or zeros."""

@@ -64,12 +64,19 @@ def _with_weights(loss: Callable[[nn.Module], Any], vector: ParameterVector) -> 
     return functional
 
 
-def as_vector(target: Any, select: Any = None, bounds: Any = None, scale: Any = None) -> ParameterVector:
-    """`target` itself if it is a vector, else a vector over it (a NumPy array or list of numbers is copied)."""
+def as_vector(target: Any, select: Any = None, **options: Any) -> ParameterVector:
+    """`target` itself if it is a vector, else a vector over it (a NumPy array or list of numbers is copied).
+
+    Args:
+        target: the vector, or what one is made of.
+        select, options: of `ParameterVector`; with a vector all of them None.
+    """
+    options["select"] = select
     if isinstance(target, ParameterVector):
-        if select is not None or bounds is not None or scale is not None:
+        given = [name for name, value in options.items() if value is not None]
+        if given:
             raise ObjectiveError(
-                "select, bounds and scale belong to the ParameterVector: pass them there, not again here"
+                f"{' and '.join(given)} belong to the ParameterVector: pass them there, not again here"
             )
         return target
     if isinstance(target, np.ndarray) or _is_numbers(target):
@@ -81,10 +88,10 @@ def as_vector(target: Any, select: Any = None, bounds: Any = None, scale: Any = 
                 "start: expected an array of float16, float32 or float64 in the machine's byte order, got "
                 f"{array.dtype}"
             ) from None
-        vector = ParameterVector(tensor, select, bounds=bounds, scale=scale)
+        vector = ParameterVector(tensor, **options)
         vector.source = np.asarray(target)
         return vector
-    return ParameterVector(target, select, bounds=bounds, scale=scale)
+    return ParameterVector(target, **options)
 
 
 def _is_numbers(target: Any) -> bool:

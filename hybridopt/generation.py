@@ -13,8 +13,9 @@ from hybridopt.accounts import Accounts
 from hybridopt.batch import Batch, Choice, out_of_memory
 from hybridopt.errors import NonFiniteLoss
 from hybridopt.evaluation import Evaluation
+from hybridopt.feasibility import Feasibility
 from hybridopt.ledger import Ledger
-from hybridopt.optimizer import Answer, Request
+from hybridopt.optimizer import Answer, Kind, Request
 from hybridopt.vector import FloatArray
 
 FEW = 4  # fewer points than this are evaluated one by one: one batch costs about as much on a small model
@@ -26,6 +27,8 @@ class _Begun(NamedTuple):
     x: FloatArray
     losses: list[float]
     """As told, in the order of the rows."""
+    gradients: list[FloatArray] | None
+    """Likewise; None where they are not asked for."""
     first: int
     """The row with which the batches begin."""
 
@@ -41,9 +44,15 @@ class Generations:
     Stand-ins are booked as `recomputed`.
     """
 
-    def __init__(self, evaluation: Evaluation, accounts: Accounts, choice: Choice) -> None:
+    def __init__(
+        self, evaluation: Evaluation, accounts: Accounts, feasibility: Feasibility, choice: Choice
+    ) -> None:
         self._evaluation = evaluation
         self._accounts = accounts
+        self._feasibility = feasibility
+        choice = (
+            "loop" if feasibility.constrained else choice
+        )  # constraints are evaluated where the weights stand
         self.batch = Batch(evaluation, choice)
         self.gradient_batch = Batch(evaluation, choice, gradients=True)
         self._begun: _Begun | None = None
@@ -52,29 +61,49 @@ class Generations:
         """Drop a half-answered population: nobody will ask for the rest of it."""
         self._begun = None
 
+    def answered(self, x: FloatArray) -> int:
+        """How many rows of this population were answered before a limit cut it."""
+        return len(self._begun.losses) if self._begun is not None and np.array_equal(self._begun.x, x) else 0
+
     def answer(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
-        """The losses of all rows; `Stop` when a limit forbids the next one, what was answered so far is kept."""
+        """The losses of all rows, with their gradients where they are asked for.
+
+        Raises:
+            Stop: a limit forbids the next row; what was answered so far is kept.
+        """
         assert request.x is not None
-        rows = len(request.x)
-        if self._begun is None or not np.array_equal(self._begun.x, request.x):
-            self._begun = _Begun(request.x.copy(), [], 0)
-        self.batch.wanted |= rows >= FEW
-        while (done := len(self._begun.losses)) < rows:
-            pair = self._pair(self._begun.losses)
-            if rows < FEW or self.batch.way == "loop" or (self.batch.way == "open" and pair is None):
-                told = [self._one(request.x[done], done == 0 and not request.probe, request.probe, ledgers)]
-            elif self.batch.way == "open":
-                told = []
-                self._verify(request.x[pair], [self._begun.losses[i] for i in pair or ()], ledgers)
-            else:
-                told = self._some(request, ledgers)
-            self._begun.losses.extend(told)
-        losses, self._begun = np.array(self._begun.losses), None
+        rows, slopes = len(request.x), request.kind is Kind.VALUES_AND_GRADIENTS
+        begun = self._begun
+        if (
+            begun is None
+            or (begun.gradients is not None) is not slopes
+            or not np.array_equal(begun.x, request.x)
+        ):
+            begun = self._begun = _Begun(request.x.copy(), [], [] if slopes else None, 0)
+        batch = self.gradient_batch if slopes else self.batch
+        batch.wanted |= rows >= FEW
+        while (done := len(begun.losses)) < rows:
+            pair = self._pair(begun.losses)
+            if rows < FEW or batch.way == "loop" or (batch.way == "open" and pair is None):
+                self._one(begun, done, request.probe, ledgers)
+            elif batch.way == "open":
+                assert pair is not None
+                self._verify(begun, pair, batch, ledgers)
+                begun = self._begun = begun._replace(first=done)
+            elif not self._some(begun, batch, request.probe, ledgers):
+                begun = self._begun = begun._replace(first=done)
+        self._begun = None
+        losses = np.array(begun.losses)
         finite = np.isfinite(losses)
         if rows and not finite.any():
             for ledger in ledgers:
                 ledger.nonfinite_in_a_row += 1
-        return Answer(float(losses.min()) if rows else math.inf, losses, None, bool(finite.all()))
+            if slopes and self._accounts.ledger.evaluations == rows:
+                self._accounts.reject(math.nan, start=True)
+        gradients = None if begun.gradients is None else np.array(begun.gradients).reshape(request.x.shape)
+        lowest = float(losses.min()) if rows else math.inf
+        keeps_best = self._evaluation.keeps_best
+        return Answer(lowest, losses, gradients, bool(finite.all()), keeps_best=keeps_best)
 
     @staticmethod
     def _pair(losses: Sequence[float]) -> list[int] | None:
@@ -82,142 +111,141 @@ class Generations:
         finite = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
         return finite[:2] if len(finite) > 1 else None
 
-    def _one(self, z: FloatArray, fresh: bool, probe: bool, ledgers: Sequence[Ledger]) -> float:
+    def _one(self, begun: _Begun, row: int, probe: bool, ledgers: Sequence[Ledger]) -> None:
         """One row, where the weights stand."""
-        evaluation = self._evaluation
-        self._accounts.check(ledgers, 1, 1, evaluation.backwards(False, before=True))
+        evaluation, feasibility, z = self._evaluation, self._feasibility, begun.x[row]
+        fresh = row == 0 and not probe
+        if begun.gradients is not None:
+            self._slope(begun, z, fresh, ledgers)
+            return
+        forward = 1 if probe else 1 + feasibility.cost(z)
+        self._accounts.check(ledgers, 1, forward, evaluation.backwards(False, before=True))
         evaluation.move(z)
         with evaluation.undone_on_error():
             value, _ = evaluation.value(fresh, False, False)
-        return self._accounts.book_member(ledgers, value, 1, evaluation.backwards(False), probe)
+            asked = not (probe and feasibility.constrained)
+            violation = feasibility.violation_here(False, member=True) if asked else math.inf
+        begun.losses.append(
+            self._accounts.book_member(ledgers, value, forward, evaluation.backwards(False), probe, violation)
+        )
 
-    def _verify(self, z: FloatArray, losses: Sequence[float], ledgers: Sequence[Ledger]) -> None:
-        """Decide between batches and one by one; not begun where the next row would not fit any more."""
-        self._accounts.check(ledgers, 1, 3, 0)
-        if self.batch.verify(self._evaluation.decoded(z), losses):
-            for ledger in ledgers:
-                ledger.forward += 2
-        assert self._begun is not None
-        self._begun = self._begun._replace(first=len(self._begun.losses))
-
-    def _some(self, request: Request, ledgers: Sequence[Ledger]) -> list[float]:
-        """The next batch, or as much of it as the limits allow."""
-        assert self._begun is not None
-        assert request.x is not None
-        evaluation, batch, first = self._evaluation, self.batch, self._begun.first
-        done = len(self._begun.losses)
-        low = first + (done - first) // batch.rows * batch.rows
-        high = min(low + batch.rows, len(request.x))
-        fit = self._accounts.fitting(ledgers, high - done)
-        x = evaluation.decoded(request.x[low:high])
-        x[done - low + fit :] = x[done - low]
-        try:
-            with evaluation.undone_on_error():
-                values, _ = batch.evaluate(x, done == 0 and not request.probe)
-        except Exception as error:
-            if out_of_memory(error):
-                batch.shrink(high - low, self._accounts.ledger.evaluations)
-                self._begun = self._begun._replace(first=done)
-                return []
-            if batch.choice == "vmap":
-                raise
-            # if the row raises alone too, the error is the loss's own; otherwise the batch is at fault
-            told = [self._one(request.x[done], done == 0 and not request.probe, request.probe, ledgers)]
-            batch.leave(error)
-            return told
-        for ledger in ledgers:
-            ledger.recomputed += high - low - fit
-        return self._book(x[done - low :], values[done - low :][:fit], request.probe, ledgers)
-
-    def _book(
-        self, x: FloatArray, values: Sequence[float], probe: bool, ledgers: Sequence[Ledger]
-    ) -> list[float]:
-        """Book the members of a batch. Under `nonfinite="raise"` all are booked, then the first bad one raises."""
-        told: list[float] = []
-        refused: NonFiniteLoss | None = None
-        for row, value in zip(x, values, strict=False):
-            self._evaluation.imagine(row)
-            try:
-                loss = self._accounts.book_member(ledgers, value, 1, 0, probe)
-            except NonFiniteLoss as error:
-                refused = refused or error
-            if refused is None:
-                told.append(loss)
-        if refused is not None:
-            assert self._begun is not None
-            self._begun.losses.extend(told)
-            raise refused
-        return told
-
-    # -- values and gradients -----------------------------------------------------------------------------------
-
-    def values_and_gradients(self, z: FloatArray, ledgers: Sequence[Ledger]) -> tuple[FloatArray, FloatArray]:
-        """Losses, shape (popsize,), and gradients, shape (popsize, n); see `Objective.values_and_gradients`."""
-        batch, rows = self.gradient_batch, len(z)
-        x, losses, gradients = self._evaluation.decoded(z), np.full(rows, math.inf), np.zeros(z.shape)
-        batch.wanted |= rows >= FEW
-        check = 2 if batch.way == "open" and rows >= FEW else 0
-        forward = rows * (2 if self._evaluation.surrogate is not None else 1)
-        backward = rows * self._evaluation.backwards(True, before=True)
-        self._accounts.check(ledgers, rows, forward + check, backward + check)
-        done = 0
-        while done < rows:
-            pair = self._pair(losses[:done].tolist())
-            if rows < FEW or batch.way == "loop" or (batch.way == "open" and pair is None):
-                losses[done], gradients[done] = self._slope(z[done], done == 0, ledgers)
-                done += 1
-            elif batch.way == "open":
-                if batch.verify(x[pair], losses[pair].tolist(), gradients[pair]):
-                    for ledger in ledgers:
-                        ledger.forward += 2
-                        ledger.backward += 2
-            else:
-                part = slice(done, min(done + batch.rows, rows))
-                try:
-                    with self._evaluation.undone_on_error():
-                        values, slopes = batch.evaluate(x[part], done == 0)
-                except Exception as error:  # noqa: BLE001 - raised again below if it is the loss's own
-                    if out_of_memory(error):
-                        batch.shrink(part.stop - done, self._accounts.ledger.evaluations)
-                        continue
-                    losses[done], gradients[done] = self._slope(z[done], done == 0, ledgers)
-                    done += 1
-                    batch.leave(error)
-                    continue
-                assert slopes is not None
-                for value, slope in zip(values, slopes, strict=True):
-                    self._evaluation.imagine(x[done])
-                    losses[done], gradients[done] = self._told(value, slope, 1, 1, ledgers)
-                    done += 1
-        if rows and not np.isfinite(losses).any():
-            for ledger in ledgers:
-                ledger.nonfinite_in_a_row += 1
-        return losses, gradients
-
-    def _slope(self, z: FloatArray, fresh: bool, ledgers: Sequence[Ledger]) -> tuple[float, FloatArray]:
-        """Value and gradient of one row, where the weights stand."""
+    def _slope(self, begun: _Begun, z: FloatArray, fresh: bool, ledgers: Sequence[Ledger]) -> None:
+        """One row and its gradient."""
         evaluation = self._evaluation
+        surrogate = evaluation.surrogate is not None
+        self._accounts.check(ledgers, 1, 1 + surrogate, evaluation.backwards(True, before=True))
         evaluation.move(z)
         gradient: FloatArray | None = np.zeros(len(z))
         with evaluation.undone_on_error():
             value, kept = evaluation.value(fresh, True, False)
-            if math.isfinite(value):
+            finite = math.isfinite(value)
+            if finite:
                 grads = evaluation.require_graph(evaluation.gradients(kept, False))
                 gradient, _ = evaluation.deliver(grads, False)
         assert gradient is not None
-        finite = math.isfinite(value)
-        forward = 2 if evaluation.surrogate is not None and finite else 1
-        return self._told(value, gradient, forward, evaluation.backwards(finite), ledgers)
+        forward = 2 if surrogate and finite else 1
+        self._tell(begun, value, gradient, forward, evaluation.backwards(finite), ledgers)
 
-    def _told(
-        self, value: float, gradient: FloatArray, forward: int, backward: int, ledgers: Sequence[Ledger]
-    ) -> tuple[float, FloatArray]:
-        """Book one row and return what is told of it: +inf and zeros unless loss and gradient are finite."""
+    def _verify(self, begun: _Begun, pair: list[int], batch: Batch, ledgers: Sequence[Ledger]) -> None:
+        """Decide between batches and one by one; not begun where the next row would not fit any more."""
+        slopes = None if begun.gradients is None else np.array([begun.gradients[i] for i in pair])
+        backward = 0 if slopes is None else 2
+        self._accounts.check(ledgers, 1, 3, backward + backward // 2)
+        if batch.verify(self._evaluation.decoded(begun.x[pair]), [begun.losses[i] for i in pair], slopes):
+            self._accounts.pay(ledgers, 2, backward)
+
+    def _some(self, begun: _Begun, batch: Batch, probe: bool, ledgers: Sequence[Ledger]) -> bool:
+        """The next batch, or as much of it as the limits allow; False if its rows were too many for the memory."""
+        evaluation, first, done = self._evaluation, begun.first, len(begun.losses)
+        low = first + (done - first) // batch.rows * batch.rows
+        high = min(low + batch.rows, len(begun.x))
+        fit = self._accounts.fitting(ledgers, high - done, int(begun.gradients is not None))
+        x = evaluation.decoded(begun.x[low:high])
+        x[done - low + fit :] = x[done - low]
+        try:
+            with evaluation.undone_on_error():
+                values, slopes = batch.evaluate(x, done == 0 and not probe)
+        except Exception as error:
+            if out_of_memory(error):
+                batch.shrink(high - low, self._accounts.ledger.evaluations)
+                return False
+            if batch.choice == "vmap":
+                raise
+            # if the row raises alone too, the error is the loss's own; otherwise the batch is at fault
+            self._one(begun, done, probe, ledgers)
+            batch.leave(error)
+            return True
+        for ledger in ledgers:
+            ledger.recomputed += high - low - fit
+        fitted = slice(done - low, done - low + fit)
+        self._book(
+            begun, x[fitted], values[fitted], None if slopes is None else slopes[fitted], probe, ledgers
+        )
+        return True
+
+    def _book(
+        self,
+        begun: _Begun,
+        x: FloatArray,
+        values: Sequence[float],
+        slopes: FloatArray | None,
+        probe: bool,
+        ledgers: Sequence[Ledger],
+    ) -> None:
+        """Book the members of a batch. Under `nonfinite="raise"` all are booked, then the first bad one raises."""
+        if (
+            not self._accounts.listeners
+            and np.isfinite(values).all()
+            and (slopes is None or np.isfinite(slopes).all())
+        ):
+            lowest = int(np.argmin(values))
+            self._evaluation.imagine(x[lowest])
+            self._accounts.book_many(ledgers, values, lowest, int(slopes is not None), probe)
+            begun.losses.extend(values)
+            if slopes is not None and begun.gradients is not None:
+                begun.gradients.extend(slopes)
+            return
+        refused: NonFiniteLoss | None = None
+        told = begun
+        for i, value in enumerate(values):
+            self._evaluation.imagine(x[i])
+            try:
+                if slopes is None:
+                    told.losses.append(self._accounts.book_member(ledgers, value, 1, 0, probe))
+                else:
+                    self._tell(told, value, slopes[i], 1, 1, ledgers)
+            except NonFiniteLoss as error:
+                refused = refused or error
+                told = begun._replace(losses=[], gradients=[])  # what comes after it is told to nobody
+        if refused is not None:
+            raise refused
+
+    def _tell(
+        self,
+        begun: _Begun,
+        value: float,
+        gradient: FloatArray,
+        forward: int,
+        backward: int,
+        ledgers: Sequence[Ledger],
+    ) -> None:
+        """Book one row with its gradient; +inf and zeros are told unless both are finite."""
         loss = self._accounts.book_member(ledgers, value, forward, backward, False)
         if math.isfinite(loss) and not np.isfinite(gradient).all():
             self._accounts.reject(math.nan, False, "gradient")
             loss = math.inf
-        return loss, gradient if math.isfinite(loss) else np.zeros_like(gradient)
+        assert begun.gradients is not None
+        begun.losses.append(loss)
+        begun.gradients.append(gradient if math.isfinite(loss) else np.zeros_like(gradient))
+
+    def values_and_gradients(self, z: FloatArray, ledgers: Sequence[Ledger]) -> Answer:
+        """All rows or none; see `Objective.values_and_gradients`."""
+        rows, evaluation = len(z), self._evaluation
+        check = 2 if self.gradient_batch.way == "open" and rows >= FEW else 0
+        forward = rows * (2 if evaluation.surrogate is not None else 1)
+        backward = rows * evaluation.backwards(True, before=True)
+        self._accounts.check(ledgers, rows, forward + check, backward + check)
+        return self.answer(Request(Kind.VALUES_AND_GRADIENTS, z), ledgers)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -227,7 +255,12 @@ class Generations:
         return {
             "begun": None
             if begun is None
-            else [torch.tensor(begun.x), torch.tensor(begun.losses, dtype=torch.float64), begun.first],
+            else [
+                torch.tensor(begun.x),
+                torch.tensor(begun.losses, dtype=torch.float64),
+                None if begun.gradients is None else torch.tensor(np.array(begun.gradients)),
+                begun.first,
+            ],
             "batch": self.batch.state_dict(),
             "gradient_batch": self.gradient_batch.state_dict(),
         }
@@ -236,7 +269,8 @@ class Generations:
         """Go on where the saved one stood."""
         self._begun = None
         if state["begun"] is not None:
-            x, losses, first = state["begun"]
-            self._begun = _Begun(x.numpy().copy(), losses.tolist(), first)
+            x, losses, gradients, first = state["begun"]
+            slopes = None if gradients is None else list(gradients.numpy().copy())
+            self._begun = _Begun(x.numpy().copy(), losses.tolist(), slopes, first)
         self.batch.load_state_dict(state["batch"])
         self.gradient_batch.load_state_dict(state["gradient_batch"])

@@ -12,25 +12,41 @@ from torch import Tensor
 
 from hybridopt.optimizer import Answer, Kind, Request
 
-_KINDS = {Kind.VALUE: 0, Kind.GRADIENT: 1, Kind.VALUE_AND_GRADIENT: 2, Kind.POPULATION: 3}
-_FINITE, _HAS_GRADIENT, _SURROGATE = 8, 16, 32
+# Never renumber: they are in saved files.
+_KINDS = {
+    Kind.VALUE: 0,
+    Kind.GRADIENT: 1,
+    Kind.VALUE_AND_GRADIENT: 2,
+    Kind.POPULATION: 3,
+    Kind.RESIDUALS: 4,
+    Kind.JACOBIAN: 5,
+    Kind.LIMITS: 6,
+    Kind.CONSTRAINTS: 7,
+    Kind.CONSTRAINT_JACOBIAN: 8,
+    Kind.HESSIAN: 9,
+    Kind.HESSIAN_VECTOR: 10,
+}
+_KIND, _FINITE, _HAS_GRADIENT, _SURROGATE, _BROKEN = 15, 16, 32, 64, 128
 
 
 def digest(request: Request) -> int:
     """64 bits of a question: its kind and its exact point."""
     code = bytes([_KINDS[request.kind]])
     point = b"" if request.x is None else request.x.tobytes()
+    if request.direction is not None:
+        point += request.direction.tobytes()
     return int.from_bytes(hashlib.blake2b(code + point, digest_size=8).digest(), "little")
 
 
 class Journal:
-    """Answers in the order given: 17 bytes a question, and 8 a number told (losses and gradients)."""
+    """Answers in the order given: 17 bytes a question, and 8 a number told (losses, gradients, Jacobians)."""
 
     def __init__(self) -> None:
         self._flags = bytearray()
         self._digests = array("Q")
         self._ends = array("Q")  # of each entry in `_numbers`
         self._numbers = array("d")
+        self._shapes: dict[int, tuple[int, ...]] = {}  # of the arrays told, by entry
         self._read = 0
 
     def __len__(self) -> int:
@@ -48,13 +64,19 @@ class Journal:
         """
         entries = len(self._flags)
         del self._digests[entries:], self._ends[entries:], self._numbers[self._end(entries) :]
+        self._shapes.pop(entries, None)
         flags = _KINDS[request.kind] | (_FINITE if answer.finite else 0)
         self._numbers.append(answer.loss)
-        if answer.losses is not None:
-            self._numbers.frombytes(np.ascontiguousarray(answer.losses, dtype=np.float64).tobytes())
+        if answer.violation:
+            flags |= _BROKEN
+            self._numbers.append(answer.violation)
         if answer.gradient is not None:
             flags |= _HAS_GRADIENT
-            self._numbers.frombytes(np.ascontiguousarray(answer.gradient, dtype=np.float64).tobytes())
+        for told in (answer.losses, answer.gradient, answer.array):
+            if told is not None:
+                self._numbers.frombytes(np.ascontiguousarray(told, dtype=np.float64).tobytes())
+        if answer.array is not None:
+            self._shapes[entries] = answer.array.shape
         if answer.surrogate:
             flags |= _SURROGATE
         self._digests.append(digest(request))
@@ -76,24 +98,32 @@ class Journal:
         """The next entry's answer, as new arrays."""
         flags = self._flags[self._read]
         numbers = np.array(self._numbers[self._end(self._read) : self._end(self._read + 1)])
+        shape = self._shapes.get(self._read)
         self._read += 1
-        rest = numbers[1:]
-        population = (flags & 7) == _KINDS[Kind.POPULATION]
+        broken = bool(flags & _BROKEN)
+        rest = numbers[1 + broken :]
+        population = (flags & _KIND) == _KINDS[Kind.POPULATION]
         return Answer(
             float(numbers[0]),
             rest.copy() if population else None,
             rest.copy() if flags & _HAS_GRADIENT else None,
             bool(flags & _FINITE),
             bool(flags & _SURROGATE),
+            array=None if shape is None else rest.reshape(shape).copy(),
+            violation=float(numbers[1]) if broken else 0.0,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Four flat tensors."""
+        """Five flat tensors."""
         return {
             "flags": torch.tensor(np.frombuffer(bytes(self._flags), dtype=np.uint8)),
             "digests": torch.tensor(np.array(self._digests, dtype=np.uint64).view(np.int64)),
             "ends": torch.tensor(np.array(self._ends, dtype=np.int64)),
             "numbers": torch.tensor(np.array(self._numbers, dtype=np.float64)),
+            # entry, rows (-1: no rows but one vector), columns
+            "shapes": torch.tensor([[i, *(-1,) * (2 - len(s)), *s] for i, s in self._shapes.items()]).reshape(
+                -1, 3
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -102,4 +132,8 @@ class Journal:
         self._digests = array("Q", state["digests"].numpy().tobytes())
         self._ends = array("Q", state["ends"].numpy().tobytes())
         self._numbers = array("d", state["numbers"].numpy().tobytes())
+        self._shapes = {
+            int(i): (int(columns),) if rows < 0 else (int(rows), int(columns))
+            for i, rows, columns in state["shapes"].tolist()
+        }
         self.rewind()

@@ -6,20 +6,24 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor
 
 from hybridopt.accounts import NONFINITE_PATIENCE, Accounts, Listener
 from hybridopt.batch import Choice
+from hybridopt.constraints import Constraints
+from hybridopt.derivatives import Derivatives
 from hybridopt.errors import ClosedError, ObjectiveError, StateError, Stop
 from hybridopt.evaluation import Evaluation
+from hybridopt.feasibility import Feasibility
 from hybridopt.forms import Form, as_vector, bind_loss
 from hybridopt.generation import Generations
 from hybridopt.guard import ModelGuard
 from hybridopt.ledger import Budget, Ledger, Reason
 from hybridopt.optimizer import Answer, Kind, Request
 from hybridopt.point import Point
+from hybridopt.points import Points
 from hybridopt.randomness import NOISE_POLICIES, NoisePolicy, Randomness
+from hybridopt.residuals import Residuals
 from hybridopt.vector import FloatArray
 
 __all__ = ["NONFINITE_PATIENCE", "Listener", "Objective"]
@@ -35,6 +39,15 @@ class Objective:
             forward and a backward at every question, values included, and a population is a loop over it.
         target: the model, tensor(s), array, dict, parameter groups or `ParameterVector` to optimize.
         budget: limits, see `Budget`; None = unlimited (the harness requires one).
+        residuals: True = `loss` returns residuals, a tensor of any shape but always of the same size, and the loss is
+            half their squared norm, which least-squares methods make use of and any other method can minimise too.
+            "soft_l1", "huber", "cauchy" or "arctan": half the sum of that robust function of their squares; `("huber",
+            0.1)`: where 0.1 is the size of a residual from which it counts less.
+        constraints: what the weights must satisfy beside their bounds: `constraint(model) -> tensor`, not negative; a
+            `Constraint`; a list of these, or a mapping from names to them. The best point is then the one of lowest
+            loss among those that keep them all, or, while there is none, the one that breaks them least. Each
+            constraint function costs a forward wherever the loss is evaluated (but not at difference probes, which
+            are never the best then). Only some methods can keep them.
         surrogate: a differentiable stand-in with the same form as `loss`, used for gradients only; best point,
             budget and tracker go by `loss`. A gradient then costs two forwards and a backward.
         nonfinite: `"reject"` (default): a loss that is nan or inf is told as +inf and counted, and 30 questions in
@@ -54,7 +67,7 @@ class Objective:
             many members a forward, also where torch has no batched form of an operation and loops over it.
             `"vmap"`: such operations too, and `ObjectiveError` where there can be no batch. `"loop"`: one
             by one, which a loss needs that counts its own calls.
-        select, bounds, scale: as in `ParameterVector`, when `target` is not one.
+        select, bounds, scale, integer, log: as in `ParameterVector`, when `target` is not one.
 
     From its first answer to `close()` the objective holds the caller's `.grad`, `requires_grad`, train/eval modes,
     and global generators; `close()` (or leaving the `with` block) gives all of them back as found.
@@ -75,6 +88,8 @@ class Objective:
         target: Any,
         budget: Any = None,
         *,
+        residuals: bool | str | tuple[str, float] = False,
+        constraints: Any = None,
         surrogate: Callable[..., Any] | None = None,
         nonfinite: Literal["reject", "raise"] = "reject",
         backward_cost: float = 2.0,
@@ -85,6 +100,8 @@ class Objective:
         select: Any = None,
         bounds: Any = None,
         scale: Any = None,
+        integer: Any = None,
+        log: Any = None,
     ) -> None:
         _one_of("nonfinite", nonfinite, ("reject", "raise"))
         _one_of("keep", keep, ("auto", "best", "last"))
@@ -92,20 +109,48 @@ class Objective:
         number = isinstance(backward_cost, int | float) and not isinstance(backward_cost, bool)
         if not (number and 0 < backward_cost < math.inf):
             raise ObjectiveError(f"backward_cost: expected a number > 0, got {backward_cost!r}")
-        self.vector = as_vector(target, select, bounds, scale)
+        self.vector = as_vector(target, select, bounds=bounds, scale=scale, integer=integer, log=log)
         self.loss = bind_loss(loss, self.vector)
+        self.residuals = None if residuals is False else Residuals(self.loss, residuals)
+        if self.residuals is not None:
+            self.loss = self.residuals.loss
+        self.constraints = None if constraints is None else Constraints(constraints, self.vector)
+        self.vector.constrained = self.constraints is not None
         self.surrogate = None if surrogate is None else bind_loss(surrogate, self.vector)
         limits = None if budget is None else Budget.parse(budget)
         self.ledger = Ledger(limits, backward_cost=backward_cost)
         self.randomness = Randomness(seed, [t.device for t in self.vector.tensors], noise)
         self._guard = ModelGuard(self.vector)
         self.evaluation = Evaluation(
-            self.vector, self.loss, self.surrogate, self.randomness, self._guard, keep
+            self.vector,
+            self.loss,
+            self.surrogate,
+            self.randomness,
+            self._guard,
+            keep,
+            self.residuals,
+            batch == "loop",
         )
         self._accounts = Accounts(self.ledger, nonfinite, self.evaluation)
         self.listeners: list[Listener] = self._accounts.listeners
-        self._generations = Generations(self.evaluation, self._accounts, batch)
-        self._value = math.nan  # the last loss computed
+        self._feasibility = Feasibility(self.evaluation, self._accounts, self.constraints)
+        self._generations = Generations(self.evaluation, self._accounts, self._feasibility, batch)
+        self._points = Points(self.evaluation, self._accounts, self._feasibility)
+        self._derivatives = Derivatives(self.evaluation, self._accounts)
+        self._by_kind: dict[Kind, Callable[[Request, Sequence[Ledger]], Answer]] = {
+            Kind.VALUE: self._points.value,
+            Kind.VALUE_AND_GRADIENT: self._points.value,
+            Kind.RESIDUALS: self._points.value,
+            Kind.GRADIENT: self._points.gradient,
+            Kind.POPULATION: self._generations.answer,
+            Kind.VALUES_AND_GRADIENTS: self._generations.answer,
+            Kind.JACOBIAN: self._derivatives.jacobian,
+            Kind.HESSIAN: self._derivatives.hessian,
+            Kind.HESSIAN_VECTOR: self._derivatives.hessian,
+            Kind.LIMITS: self._feasibility.answer,
+            Kind.CONSTRAINTS: self._feasibility.answer,
+            Kind.CONSTRAINT_JACOBIAN: self._feasibility.jacobian,
+        }
         self._closed = False
 
     # -- session ------------------------------------------------------------------------------------------------
@@ -122,6 +167,8 @@ class Objective:
         """Give everything back as found, weights and buffers as they stand; the objective cannot answer any more."""
         if self._guard.held:
             self.evaluation.kept = None
+            self._feasibility.forget()
+            self._derivatives.forget()
             self.randomness.close()
             self._guard.close()
             self.ledger.stop_clock()
@@ -157,7 +204,8 @@ class Objective:
     @property
     def notes(self) -> list[str]:
         """What the user should know of the way this loss is evaluated."""
-        notes = [*self._generations.batch.notes, *self._generations.gradient_batch.notes]
+        batches = (self._generations.batch, self._generations.gradient_batch)
+        notes = [*(note for batch in batches for note in batch.notes), *self._derivatives.notes]
         if self.evaluation.closure_backward:
             notes.append(
                 "the closure calls backward(): every question costs a forward and a backward, values included"
@@ -192,16 +240,12 @@ class Objective:
         """
         self.open()
         ledgers = (self.ledger, *request.scopes)
-        for scope in request.scopes:
+        for depth, scope in enumerate(request.scopes, start=1):
             scope.backward_cost = self.ledger.backward_cost
+            if scope.shares:
+                scope.resolve(ledgers[:depth])
         try:
-            if request.kind is Kind.POPULATION:
-                return self._generations.answer(request, ledgers)
-            if request.kind is Kind.GRADIENT:
-                return self._answer_gradient(request, ledgers)
-            if request.kind is Kind.RESIDUALS:
-                raise ObjectiveError("residuals: this loss returns one number, not a vector of residuals")
-            return self._answer_point(request, ledgers)
+            return self._by_kind[request.kind](request, ledgers)
         except Stop as stop:
             if stop.ledger is self.ledger:
                 raise
@@ -211,80 +255,6 @@ class Objective:
                 for ledger in ledgers[: ledgers.index(stop.ledger)]:
                     ledger.nonfinite_in_a_row = 0
             return Answer(stop=stop, finite=False)
-
-    def _answer_point(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
-        want_gradient = request.kind is Kind.VALUE_AND_GRADIENT
-        evaluation, surrogate = self.evaluation, self.surrogate is not None
-        # a closure not yet called may turn out to call backward(): allow for it before, book what it did after
-        backward = evaluation.backwards(want_gradient, before=True)
-        self._accounts.check(ledgers, 1, 1 + int(want_gradient and surrogate), backward)
-        evaluation.move(request.x)
-        first = self.ledger.evaluations == 0
-        keep_graph = request.keep_graph and not surrogate
-        in_place = request.x is None
-        gradient: FloatArray | None = None
-        told = False
-        with evaluation.undone_on_error():
-            value, kept = evaluation.value(not request.probe, want_gradient or keep_graph, request.commit)
-            finite = math.isfinite(value)
-            if want_gradient and not finite:
-                gradient = evaluation.nothing(in_place)
-            elif want_gradient:
-                grads = evaluation.gradients(kept, in_place)
-                if in_place:
-                    grads = evaluation.require_graph(grads)
-                if grads is not None:
-                    gradient, finite = evaluation.deliver(grads, in_place)
-                    told = True
-            elif keep_graph:
-                evaluation.kept = kept
-            if request.commit:
-                self._guard.settle_buffers(finite)  # a rejected step moves no statistics
-        self._value = value
-        forward = 1 + int(want_gradient and surrogate and math.isfinite(value))
-        in_a_row = [ledger.nonfinite_in_a_row for ledger in ledgers]
-        self._accounts.book(ledgers, value, forward, evaluation.backwards(told), request.probe)
-        if not finite:
-            if math.isfinite(value):  # a gradient that is not finite is no finite answer either
-                for ledger, before in zip(ledgers, in_a_row, strict=True):
-                    ledger.nonfinite_in_a_row = before + 1
-            what = "gradient" if math.isfinite(value) else "loss"
-            shown = math.nan if math.isfinite(value) else value
-            self._accounts.reject(shown, first and (want_gradient or request.keep_graph), what)
-            if gradient is not None:
-                gradient = np.zeros_like(gradient)
-        return Answer(value if finite else math.inf, None, gradient, finite, surrogate=surrogate)
-
-    def _answer_gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
-        """The gradient at the point just valued, from its kept graph; the forward is repeated only if that was lost."""
-        surrogate = self.surrogate is not None
-        in_place = request.x is None
-        here = self.evaluation.stands_at(request.x)
-        kept = self.evaluation.kept if here else None
-        if kept is not None and kept.graph is None and kept.grads is None:
-            return Answer(self._value)  # no graph to the weights: nothing to do, nothing to pay
-        paid = kept is not None and kept.grads is not None  # by a closure that calls backward() itself
-        if not paid:
-            self._accounts.check(ledgers, 0, int(surrogate), 1)
-        if not here:
-            self.evaluation.move(request.x)
-        with self.evaluation.undone_on_error():
-            if kept is None and not surrogate:
-                _, kept = self.evaluation.value(False, True, False, again=True)
-                for ledger in ledgers:
-                    ledger.recomputed += 1
-            grads = self.evaluation.gradients(kept, in_place)
-        if grads is None:
-            return Answer(self._value)
-        gradient, finite = self.evaluation.deliver(grads, in_place)
-        for ledger in ledgers:
-            ledger.forward += int(surrogate)
-            ledger.backward += int(not paid)
-        self.evaluation.kept = None
-        if not finite:
-            self._accounts.reject(math.nan, False, "gradient")
-            raise Stop(ledgers[-1], Reason.NON_FINITE)
-        return Answer(self._value, None, gradient, finite, surrogate=surrogate)
 
     def values_and_gradients(
         self, x: FloatArray, scopes: Sequence[Ledger] = ()
@@ -310,10 +280,15 @@ class Objective:
             >>> losses.tolist(), gradients.tolist()
             ([5.0, 9.0], [[2.0, 4.0], [0.0, 6.0]])
         """
+        if self.constraints is not None:
+            raise ObjectiveError("values_and_gradients: expected an objective without constraints")
         self.open()
         for scope in scopes:
             scope.backward_cost = self.ledger.backward_cost
-        return self._generations.values_and_gradients(x, (self.ledger, *scopes))
+        answer = self._generations.values_and_gradients(x, (self.ledger, *scopes))
+        assert answer.losses is not None
+        assert answer.gradient is not None
+        return answer.losses, answer.gradient
 
     # -- the best point -----------------------------------------------------------------------------------------
 
@@ -357,6 +332,8 @@ class Objective:
             "best": None if point is None else point.state_dict(),
             "randomness": self.randomness.state_dict(),
             "generations": self._generations.state_dict(),
+            "feasibility": self._feasibility.state_dict(),
+            "derivatives": self._derivatives.state_dict(),
             "closure_backward": self.evaluation.closure_backward,
             "warned": self._accounts.warned,
             "buffers": self._guard.copy_buffers(),
@@ -378,6 +355,8 @@ class Objective:
         self.ledger.best_point = None if state["best"] is None else Point.from_state(state["best"])
         self.randomness.load_state_dict(state["randomness"])
         self._generations.load_state_dict(state["generations"])
+        self._feasibility.load_state_dict(state["feasibility"])
+        self._derivatives.load_state_dict(state["derivatives"])
         self.evaluation.closure_backward = state["closure_backward"]
         self._accounts.warned = state["warned"]
         self._guard.set_buffers(state["buffers"])

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybridopt.ask import Ask
 from hybridopt.carrier import Carrier, Done, Isolation, Question, carry
 from hybridopt.errors import ClosedError, ReplayMismatch, StateError
 from hybridopt.journal import Journal
@@ -33,49 +34,14 @@ from hybridopt.optimizer import (
     require_box,
 )
 from hybridopt.start import Ending, Start
+from hybridopt.trail import Trail
 from hybridopt.vector import ParameterVector
 
 __all__ = ["Ask", "BlockingMethod", "Ending", "SolverRun", "Start"]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+_LOSSES = frozenset({Kind.VALUE, Kind.VALUE_AND_GRADIENT, Kind.POPULATION, Kind.RESIDUALS})
 JOURNAL_LIMIT = 2**30  # bytes after which exact resume is given up (said once)
-
-
-class Ask:
-    """What a solver sees of the world: it asks, and waits for the answer.
-
-    Points are float64 arrays in solver coordinates; what is passed is copied, and what is returned may be written
-    into. A loss that is not finite comes back as +inf.
-    """
-
-    def __init__(self, question: Question, notes: list[str]) -> None:
-        self.question = question
-        self._notes = notes
-
-    def value(self, x: FloatArray, *, keep_graph: bool = False, probe: bool = False) -> float:
-        """The loss at `x`, shape (n,). `keep_graph`: a `gradient` question about it may follow."""
-        return self.question(Request(Kind.VALUE, _own(x), probe, False, keep_graph)).loss
-
-    def gradient(self, x: FloatArray) -> Answer:
-        """The gradient at `x`, whose value (with `keep_graph`) was the last question; `.gradient` may be None."""
-        return self.question(Request(Kind.GRADIENT, _own(x)))
-
-    def values(self, population: FloatArray, *, probe: bool = False) -> FloatArray:
-        """The losses of all rows of `population`, shape (popsize, n)."""
-        losses = self.question(Request(Kind.POPULATION, _own(population), probe)).losses
-        assert losses is not None
-        return losses
-
-    def note(self, text: str, *, warn: bool = False) -> None:
-        """Record something the user should know (`Result.notes`); a revived solver does not warn again."""
-        if text not in self._notes:
-            self._notes.append(text)
-            if warn:
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def _own(x: FloatArray) -> FloatArray:
-    return np.array(x, dtype=np.float64, order="C")
 
 
 class BlockingMethod(Method):
@@ -142,7 +108,10 @@ class SolverRun:
         self._journal_full = False
         self._carrier: Carrier | None = None
         self._pending: Request | None = None
-        self._best = Incumbent(start.loss, start.x0)
+        self._best: Incumbent
+        self._violation: float
+        self._set_best(Incumbent(start.loss, start.x0))
+        self._trail = Trail(start.n)
         self._last_value: float = math.inf
         self._ending: Ending | None = None
         self._exact = True
@@ -176,9 +145,9 @@ class SolverRun:
             self._end(out.value)
         else:
             self._pending = out
-            if out.kind is Kind.GRADIENT:
-                return None  # belongs to the same step as its value
-        loss = self._last_value if request.kind is Kind.GRADIENT else answer.loss
+            if request.kind is Kind.LIMITS or _same_step(request, out):
+                return None
+        loss = answer.loss if request.kind in _LOSSES else self._last_value
         if self._ending is not None:
             return Step(loss, self.name, self._ending.reason, self._ending.message)
         return Step(loss, self.name)
@@ -189,6 +158,10 @@ class SolverRun:
         if self._ending is not None:
             return Incumbent(self._ending.loss, self._ending.x)
         return self._best
+
+    def hand_over(self) -> HandOver:
+        """See `Optimizer.hand_over`: its best points, and the curvature that its last gradients show."""
+        return self._trail.hand_over()
 
     def close(self) -> None:
         """Unwind the solver; the state can still be saved."""
@@ -232,7 +205,7 @@ class SolverRun:
         self.notes = list(state["notes"])
         self._exact = exact
         self._saved_fingerprint = dict(state["fingerprint"])
-        self._best = Incumbent(loss, x)
+        self._set_best(Incumbent(loss, x))
         self._journal = Journal()
         self._journal_full = False
         self._ending = None
@@ -268,15 +241,31 @@ class SolverRun:
         self._note_best(request, answer)
 
     def _note_best(self, request: Request, answer: Answer) -> None:
-        if request.kind is Kind.GRADIENT:
+        if answer.gradient is not None and request.x is not None and answer.finite:
+            self._trail.note_gradient(request.x, answer.gradient)
+        if request.kind not in _LOSSES:
             return
         self._last_value = answer.loss
-        if request.probe or not answer.loss < self._best.loss:
+        if not request.probe and request.x is not None and answer.violation == 0:
+            for x, loss in zip(
+                np.atleast_2d(request.x),
+                [answer.loss] if answer.losses is None else answer.losses.tolist(),
+                strict=True,
+            ):
+                self._trail.note(x, loss)
+        better = (answer.violation, answer.loss) < (self._violation, self._best.loss)
+        if request.probe or not math.isfinite(answer.loss) or not better:
             return
         x = request.x
         if answer.losses is not None and x is not None:
             x = x[int(np.argmin(answer.losses))].copy()
-        self._best = Incumbent(answer.loss, x)
+        self._best, self._violation = Incumbent(answer.loss, x), answer.violation
+
+    def _set_best(self, best: Incumbent) -> None:
+        """Take a point from elsewhere for the best one; whether it keeps the constraints nobody said."""
+        self._best = best
+        known = math.isfinite(best.loss) and not self.start.constrained
+        self._violation = 0.0 if known else math.inf
 
     def _launch(self) -> Request | Done:
         method, start, notes = self.method, self.start, self.notes
@@ -298,11 +287,13 @@ class SolverRun:
             )
         journal = self._journal
         journal.rewind()
-        before, self._best = self._best, Incumbent(self.start.loss, self.start.x0)
+        before = self._best
+        self._set_best(Incumbent(self.start.loss, self.start.x0))
+        self._trail = Trail(self.start.n)
         out = self._launch()
         for i in range(len(journal)):
             if isinstance(out, Done) or not journal.matches(out):
-                self._best = before
+                self._set_best(before)
                 self._mismatch(i, out)
                 return
             answer = journal.next()
@@ -358,3 +349,12 @@ class SolverRun:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.name}: it was closed; start it again, or load its state into a new one")
+
+
+def _same_step(request: Request, following: Request) -> bool:
+    """Whether a question belongs to the step of the one before: what else is asked about that point."""
+    if following.kind in _LOSSES:
+        return False
+    if following.kind in (Kind.GRADIENT, Kind.JACOBIAN):
+        return True
+    return request.x is not None and following.x is not None and np.array_equal(request.x, following.x)

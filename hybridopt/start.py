@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybridopt.coordinates import Mask
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import HandOver
 from hybridopt.vector import ParameterVector
@@ -37,6 +38,18 @@ class Start:
     """(name, first, last + 1) of each tensor, for messages."""
     loss: float = math.inf
     """The loss at `x0` where it is known: found by a predecessor, or before the solver was started anew; else inf."""
+    covariance: FloatArray | None = None
+    """Shape (n,) or (n, n), as handed over by a predecessor; see `HandOver`."""
+    points: FloatArray | None = None
+    """Good points, shape (k, n), inside the bounds, as handed over by a predecessor."""
+    losses: FloatArray | None = None
+    """Their losses, shape (k,)."""
+    integer: Mask | None = None
+    """Shape (n,): coordinates that stand for the nearest whole number, unscaled (`cells`); None = none."""
+    log: Mask | None = None
+    """Shape (n,): coordinates that are logarithms; None = none."""
+    constrained: bool = False
+    """Whether there are constraints beside the bounds (`Ask.limits`)."""
 
     @property
     def n(self) -> int:
@@ -60,29 +73,54 @@ class Start:
     def at(cls, vector: ParameterVector, seed: int, warm: HandOver | None) -> Start:
         """The start on a vector: the handed-over point, clipped to the bounds, or where the weights stand."""
         x0 = vector.encode(vector.read()) if warm is None or warm.x is None else warm.x
-        lower, upper = vector.encode(vector.lower), vector.encode(vector.upper)
+        lower, upper = vector.coordinates.box()
         names = tuple((name, s.start, s.stop) for name, s in vector.slices.items())
         clipped = np.clip(x0, lower, upper)
-        sigma, loss = None, math.inf
-        if warm is not None:
-            sigma = warm.sigma
-            loss = warm.loss if np.array_equal(clipped, x0) else math.inf
-        return cls(clipped, lower, upper, vector.eps, seed, sigma, names, loss)
+        start = cls(
+            clipped,
+            lower,
+            upper,
+            vector.eps,
+            seed,
+            names=names,
+            integer=vector.integer,
+            log=vector.log,
+            constrained=vector.constrained,
+        )
+        if warm is None:
+            return start
+        points, losses = warm.points, warm.losses
+        if points is not None and losses is not None:
+            points = start.clip(points)
+            losses = np.where((points == warm.points).all(axis=1), losses, math.inf)
+        loss = warm.loss if np.array_equal(clipped, x0) else math.inf
+        return replace(
+            start, sigma=warm.sigma, loss=loss, covariance=warm.covariance, points=points, losses=losses
+        )
 
     _ARRAYS = ("x0", "lower", "upper", "eps")
+    _OPTIONAL = ("covariance", "points", "losses", "integer", "log")
+    _PLAIN = ("seed", "sigma", "loss", "constrained")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
-        arrays = {name: torch.tensor(getattr(self, name)) for name in self._ARRAYS}
-        plain = {"seed": self.seed, "sigma": self.sigma, "loss": self.loss}
+        arrays: dict[str, Any] = {name: torch.tensor(getattr(self, name)) for name in self._ARRAYS}
+        for name in self._OPTIONAL:
+            value = getattr(self, name)
+            arrays[name] = None if value is None else torch.tensor(value)
+        plain = {name: getattr(self, name) for name in self._PLAIN}
         return arrays | plain | {"names": [list(part) for part in self.names]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Start:
         """The start that was saved."""
-        arrays = {name: state[name].numpy().copy() for name in cls._ARRAYS}
+        saved = {name: state[name] for name in (*cls._ARRAYS, *cls._OPTIONAL)}
+        parts: dict[str, Any] = {
+            name: None if value is None else value.numpy().copy() for name, value in saved.items()
+        }
+        parts |= {name: state[name] for name in cls._PLAIN}
         names = tuple((name, first, last) for name, first, last in state["names"])
-        return cls(**arrays, seed=state["seed"], sigma=state["sigma"], names=names, loss=state["loss"])
+        return cls(**parts, names=names)
 
 
 class Ending(NamedTuple):

@@ -21,21 +21,33 @@ vectors = hnp.arrays(np.float64, st.integers(1, 4), elements=numbers)
 
 @st.composite
 def exchanges(draw: st.DrawFn) -> tuple[Request, Answer]:
-    kind = draw(st.sampled_from([Kind.VALUE, Kind.GRADIENT, Kind.POPULATION]))
+    kind = draw(st.sampled_from([kind for kind in Kind if kind is not Kind.VALUES_AND_GRADIENTS]))
     x = draw(vectors)
     finite, surrogate = draw(st.booleans()), draw(st.booleans())
     if kind is Kind.POPULATION:
         losses = draw(vectors)
         return Request(kind, np.stack([x, x])), Answer(float(losses.min()), losses, None, finite, surrogate)
-    gradient = draw(st.none() | vectors) if kind is Kind.GRADIENT else None
-    return Request(kind, x), Answer(draw(numbers), None, gradient, finite, surrogate)
+    if kind in (Kind.VALUE, Kind.GRADIENT, Kind.VALUE_AND_GRADIENT):
+        gradient = draw(st.none() | vectors) if kind is not Kind.VALUE else None
+        violation = draw(st.sampled_from([0.0, 0.5, np.inf]))
+        return Request(kind, x), Answer(draw(numbers), None, gradient, finite, surrogate, violation=violation)
+    array = draw(st.none() | vectors)
+    if array is not None and kind not in (Kind.RESIDUALS, Kind.HESSIAN_VECTOR):
+        array = np.stack([array, 2 * array, array])
+    direction = draw(vectors) if kind is Kind.HESSIAN_VECTOR else None
+    return Request(kind, x, direction=direction), Answer(draw(numbers), array=array, finite=finite)
 
 
 def same(a: Answer, b: Answer) -> bool:
     def bits(value: Any) -> Any:
         return None if value is None else np.asarray(value, dtype=np.float64).tobytes()
 
-    return all(bits(x) == bits(y) for x, y in zip(a[:3], b[:3], strict=True)) and a[3:] == b[3:]
+    shapes = [None if x.array is None else x.array.shape for x in (a, b)]
+    told = zip((*a[:3], a.array), (*b[:3], b.array), strict=True)
+    same_rest = a._replace(loss=0, losses=None, gradient=None, array=None) == b._replace(
+        loss=0, losses=None, gradient=None, array=None
+    )
+    return all(bits(x) == bits(y) for x, y in told) and shapes[0] == shapes[1] and same_rest
 
 
 @given(st.lists(exchanges(), max_size=6))
@@ -57,6 +69,8 @@ def test_gives_back_what_was_told(entries: list[tuple[Request, Answer]]) -> None
     assert loaded.nbytes == journal.nbytes
     told = sum(1 + len(a.losses if a.losses is not None else ()) for _, a in entries)
     told += sum(len(a.gradient) for _, a in entries if a.gradient is not None)
+    told += sum(a.array.size for _, a in entries if a.array is not None)
+    told += sum(a.violation > 0 for _, a in entries)
     assert journal.nbytes == 17 * len(entries) + 8 * told
 
 
@@ -80,6 +94,7 @@ def test_can_go_on_after_loading() -> None:
         Request(Kind.VALUE, np.array([0.0])),
         Request(Kind.GRADIENT, np.array([0.0, 1.0])),
         Request(Kind.POPULATION, np.array([[0.0, 1.0]])),
+        Request(Kind.VALUE, np.array([0.0, 1.0]), direction=np.array([0.0, 1.0])),
     ],
 )
 def test_one_bit_is_another_question(other: Request) -> None:

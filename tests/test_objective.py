@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import hybridopt
 from hybridopt.errors import (
     BoundsError,
     ClosedError,
@@ -1401,3 +1402,43 @@ def test_a_loss_without_a_graph_has_no_gradient_at_a_point() -> None:
         assert (objective.ledger.forward, objective.ledger.backward) == (2, 0), (
             "nothing was done, nothing is paid"
         )
+
+
+# -- two runs on the same weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["adam", "slsqp"])
+def test_an_in_place_method_whose_weights_another_run_moved_says_so(other: str) -> None:
+    def loss(model: nn.Module) -> torch.Tensor:
+        return sum(((p - 3) ** 2).sum() for p in model.parameters())  # type: ignore[return-value]
+
+    model = nn.Linear(2, 1)
+    first = hybridopt.Run(loss, model, "adam", budget=50, seed=0)
+    second = hybridopt.Run(loss, model, other, budget=50, seed=0)
+    first.step()
+    second.step()
+    with pytest.raises(ObjectiveError, match=r"another run has moved them.*a model of its own"):
+        first.step()
+    second.finish()
+    first.finish()
+    again = hybridopt.minimize(loss, model, "adam(lr=0.1)", budget=20, seed=0)  # one after the other is right
+    assert again.evaluations == 20
+
+
+def test_solvers_that_bring_the_weights_to_each_point_may_take_turns() -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return ((x - 3) ** 2).sum() + x.prod()
+
+    def path(take_turns: bool) -> list[float]:
+        x = torch.ones(3, dtype=torch.float64)
+        run = hybridopt.Run(loss, x, "slsqp", budget=40, seed=0)
+        other = hybridopt.Run(loss, x, "lbfgsb", budget=40, seed=0)
+        with run, other:
+            found = []
+            while (step := run.step()) is not None:
+                found.append(step.loss)
+                if take_turns:
+                    other.step()
+        return found
+
+    assert path(True) == path(False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,37 @@ from hybridopt.optimizer import Need
 from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+# Options of pycma that are given elsewhere, and where.
+_ELSEWHERE = {
+    "CMA_active": "active=",
+    "CMA_diagonal": "diagonal=",
+    "CMA_stds": "the scale of the weights, or what a predecessor hands over",
+    "bounds": "the bounds of the weights",
+    "fixed_variables": "select=",
+    "ftarget": "the target of the budget",
+    "integer_variables": "integer= of the weights",
+    "is_feasible": "nonfinite=",
+    "maxfevals": "the budget",
+    "maxiter": "maxiter=",
+    "popsize": "popsize=",
+    "randn": "seed=",
+    "scaling_of_variables": "scale= of the weights",
+    "seed": "seed=",
+    "termination_callback": "callbacks=",
+    "timeout": "the budget",
+    "tolfun": "tolfun=",
+    "tolx": "tolx=",
+    "transformation": "the loss",
+    "typical_x": "the start",
+}
+_SILENT = (
+    "verb",
+    "vv",
+    "signals_filename",
+    "eval_final_mean",
+)  # its printing, files, and what only its own loop reads
 _FAILED = {
     "tolflatfitness",
     "tolfacupx",
@@ -32,7 +65,8 @@ class CMAES(BlockingMethod):
     """Samples generations from a normal distribution whose mean, step size and covariance it learns.
 
     The first choice without gradients for 2 to a few hundred weights with interacting effects. O(n²) memory and
-    time a generation.
+    time a generation. Weights that are `integer` are told to it as `integer_variables`; points handed over by a
+    predecessor are injected into the first generation.
 
     Args:
         sigma: initial standard deviation in solver coordinates, shared by all weights; None = 0.3 × the range of
@@ -41,8 +75,16 @@ class CMAES(BlockingMethod):
         maxiter: generations; None = pycma's default.
         diagonal: learn variances only: O(n) memory and time.
         tolfun, tolx: stop when losses, or points, of late generations differ by less.
+        active: learn from the worse half of a generation too.
+        restarts: "ipop": start again with twice the popsize when the search has ended (Auger & Hansen 2005); "bipop":
+            take turns with small searches of small sigma, so that both spend alike (Hansen 2009). A restart begins
+            at a random point: uniform in the box, normal about the start where there is none.
+        max_restarts: after so many restarts the next end is the end.
+        extra: any other option of `cma.CMAOptions` by name, as in `extra={"CMA_mu": 3}` (in text
+            `extra=((CMA_mu, 3),)`); values are numbers, text, True, False, None, or tuples of these.
 
     Raises:
+        MethodError: an option that pycma does not know, or that is given elsewhere.
         MemoryLimit: its matrices of n² doubles do not fit.
 
     Example:
@@ -56,6 +98,7 @@ class CMAES(BlockingMethod):
 
     name: ClassVar[str] = "cma.cmaes"
     uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS, Need.POPULATION})
+    takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance", "points"})
     libraries: ClassVar[tuple[str, ...]] = ("cma",)
     memory_advice: ClassVar[str] = "use diagonal=True, or select fewer weights (select=...)"
 
@@ -65,6 +108,10 @@ class CMAES(BlockingMethod):
     diagonal: bool = False
     tolfun: float = 1e-11
     tolx: float = 1e-11
+    active: bool = True
+    restarts: Literal["none", "ipop", "bipop"] = "none"
+    max_restarts: int = 9
+    extra: Any = ()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -72,6 +119,34 @@ class CMAES(BlockingMethod):
             raise MethodError(f"{self.name}: expected sigma > 0, got {self.sigma!r}")
         if self.popsize is not None and not self.popsize >= 2:
             raise MethodError(f"{self.name}: expected popsize >= 2, got {self.popsize!r}")
+        if not self.max_restarts >= 0:
+            raise MethodError(f"{self.name}: expected max_restarts >= 0, got {self.max_restarts!r}")
+        object.__setattr__(self, "extra", self._read_extra())
+
+    def _read_extra(self) -> tuple[tuple[str, Any], ...]:
+        """The further options as sorted pairs, which can be hashed and printed."""
+        try:
+            given = dict(self.extra)
+            hash(tuple(given.items()))
+        except (TypeError, ValueError):
+            raise MethodError(
+                f"{self.name}: expected extra to map names of cma.CMAOptions to plain values, got {self.extra!r}"
+            ) from None
+        if not given:
+            return ()
+        import cma
+
+        known = sorted(cma.CMAOptions.defaults())
+        for name in given:
+            if name in _ELSEWHERE:
+                raise MethodError(f"{self.name}: {name} is given elsewhere: {_ELSEWHERE[name]}")
+            if name not in known or str(name).startswith(_SILENT):
+                near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+                raise MethodError(
+                    f"{self.name}: extra has no option {name!r}"
+                    + (f"; nearest: {', '.join(near)}" if near else "; see cma.CMAOptions")
+                )
+        return tuple(sorted(given.items()))
 
     def memory(self, n: int) -> int:
         """Bytes of covariance, its eigenvectors, and their work copies."""
@@ -79,15 +154,42 @@ class CMAES(BlockingMethod):
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
-        import cma
-
+        random = np.random.RandomState(start.seed)
         sigma, stds = self._spread(start)
+        options = self._options(start, random, stds)
+        schedule = _Schedule(self, start, sigma, random)
+        best_loss, best_x, spent = math.inf, start.x0, 0
+        while True:
+            es = _begin(schedule.x0, schedule.sigma, options | schedule.changes)
+            if schedule.runs == 0 and start.points is not None:
+                _inject(es, start.points[: es.popsize // 2])
+            while not es.stop():
+                population = np.clip(np.array(es.ask()), start.lower, start.upper)
+                losses = ask.values(population)
+                spent += len(losses)
+                if np.isfinite(
+                    losses
+                ).any():  # else nothing was learnt: draw again from the same distribution
+                    _tell(es, population, losses)
+            stopped = sorted(es.stop())
+            if es.best.f is not None and es.best.f < best_loss:
+                best_loss, best_x = float(es.best.f), np.clip(es.best.x, start.lower, start.upper)
+            if not schedule.again(es.popsize, spent):
+                break
+            spent = 0
+        reason = Reason.STALLED if _FAILED & set(stopped) else Reason.CONVERGED
+        return Ending(reason, ", ".join(stopped), best_loss, best_x)
+
+    def _options(self, start: Start, random: Any, stds: FloatArray | None) -> dict[str, Any]:
+        """What pycma is told in every run."""
         options: dict[str, Any] = {
+            **dict(self.extra),
             "seed": math.nan,  # leaves NumPy's global generator alone; all draws come from randn
-            "randn": np.random.RandomState(start.seed).randn,
+            "randn": random.randn,
             "tolfun": self.tolfun,
             "tolx": self.tolx,
             "CMA_diagonal": self.diagonal,
+            "CMA_active": self.active,
             "verbose": -9,
             "verb_log": 0,
             "verb_disp": 0,
@@ -101,28 +203,20 @@ class CMAES(BlockingMethod):
             options["CMA_stds"] = stds
         if start.bounded:
             options["bounds"] = [_sides(start.lower), _sides(start.upper)]
-            if start.n == 1:  # pycma 4.5 bails where it would limit the only standard deviation
+            if start.n == 1 and "maxstd" not in options:  # pycma 4.5 bails where it would limit the only one
                 options["maxstd"] = math.inf
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pycma warns about options and flat losses; endings say the same
-            es = cma.CMAEvolutionStrategy(start.x0, sigma, options)
-        while not es.stop():
-            population = np.clip(np.array(es.ask()), start.lower, start.upper)
-            losses = ask.values(population)
-            if np.isfinite(losses).any():  # else nothing was learnt: draw again from the same distribution
-                _tell(es, population, losses)
-        best = es.best
-        stopped = sorted(es.stop())
-        reason = Reason.STALLED if _FAILED & set(stopped) else Reason.CONVERGED
-        x = start.x0 if best.x is None else np.clip(best.x, start.lower, start.upper)
-        return Ending(reason, ", ".join(stopped), math.inf if best.f is None else float(best.f), x)
+        if start.integer is not None:
+            whole = start.integer if start.log is None else start.integer & ~start.log
+            options["integer_variables"] = np.flatnonzero(whole).tolist()
+        return options
 
-    def _spread(self, start: Start) -> tuple[float, npt.NDArray[np.float64] | None]:
+    def _spread(self, start: Start) -> tuple[float, FloatArray | None]:
         """Initial step size, and multipliers for it where weights differ."""
         if self.sigma is not None:
             return self.sigma, None
         if start.sigma is not None:
-            return start.sigma, None
+            c = start.covariance
+            return start.sigma, None if c is None else np.sqrt(c if c.ndim == 1 else np.diag(c))
         width = start.upper - start.lower
         stds = np.where(np.isfinite(width), 0.3 * width, 0.5)
         if np.all(stds == stds[0]):
@@ -130,11 +224,74 @@ class CMAES(BlockingMethod):
         return 1.0, stds
 
 
-def _sides(values: npt.NDArray[np.float64]) -> list[float | None]:
+class _Schedule:
+    """Where, how wide and with how many points each run begins."""
+
+    def __init__(self, method: CMAES, start: Start, sigma: float, random: Any) -> None:
+        self._method = method
+        self._start = start
+        self._sigma = sigma
+        self._random = random
+        self._first = self._large = 0  # popsizes: of the first run, of the last large one
+        self._spent = {"large": 0, "small": 0}
+        self._kind: Literal["large", "small"] = "large"
+        self.x0 = start.x0
+        self.sigma = sigma
+        self.changes: dict[str, Any] = {}
+        """Options of the next run that differ from the first one's."""
+        self.runs = 0
+
+    def again(self, popsize: int, spent: int) -> bool:
+        """Set up the next run; False if the one that ended was the last.
+
+        Args:
+            popsize: of the run that ended.
+            spent: evaluations that it made.
+        """
+        if self._method.restarts == "none" or self.runs == self._method.max_restarts:
+            return False
+        if self.runs == 0:
+            self._first = self._large = popsize
+        else:  # the first run counts for neither (Hansen 2009, section 2)
+            self._spent[self._kind] += spent
+        self.runs += 1
+        start, random = self._start, self._random
+        if (np.isfinite(start.lower) & np.isfinite(start.upper)).all():
+            self.x0 = start.lower + random.rand(start.n) * (start.upper - start.lower)
+        else:
+            self.x0 = start.clip(start.x0 + self._sigma * random.randn(start.n))
+        small = self._method.restarts == "bipop" and self._spent["small"] < self._spent["large"]
+        self._kind = "small" if small else "large"
+        if small:
+            u, v = random.rand(2)
+            popsize = int(self._first * (0.5 * self._large / self._first) ** (u * u))
+            self.sigma = self._sigma * 10 ** (-2 * v)
+        else:
+            self._large *= 2
+            popsize, self.sigma = self._large, self._sigma
+        self.changes = {"popsize": max(popsize, 2)}
+        return True
+
+
+def _begin(x0: FloatArray, sigma: float, options: Mapping[str, Any]) -> Any:
+    import cma
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pycma warns about options and flat losses; endings say the same
+        return cma.CMAEvolutionStrategy(x0, sigma, dict(options))
+
+
+def _inject(es: Any, points: FloatArray) -> None:
+    """Let the first generation contain these points."""
+    for x in points:
+        es.inject([es.gp.geno(x, from_bounds=es.boundary_handler.inverse)], force=True)
+
+
+def _sides(values: FloatArray) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values.tolist()]
 
 
-def _tell(es: Any, population: npt.NDArray[np.float64], losses: npt.NDArray[np.float64]) -> None:
+def _tell(es: Any, population: FloatArray, losses: FloatArray) -> None:
     """Tell pycma, with losses that are not finite ranked last: above the worst finite one of the generation."""
     finite = np.isfinite(losses)
     worst = float(losses[finite].max())

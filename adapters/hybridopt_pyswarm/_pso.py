@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from hybridopt.optimizer import Need
 from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
+FloatArray: TypeAlias = npt.NDArray[np.float64]
 _WORST = 1e299  # pyswarm takes 1e300 and above for infeasible, and prints when nothing else is left
 _TINY = 1e-300
 _PATIENCE = 200_000  # evaluations that pyswarm may still ask for while it is being closed (1 µs each)
@@ -23,11 +25,13 @@ _PATIENCE = 200_000  # evaluations that pyswarm may still ask for while it is be
 
 @dataclass(frozen=True)
 class PSO(BlockingMethod):
-    """A swarm in a box, each particle drawn to its own best point and to the swarm's.
+    """A swarm in a box, each particle drawn to its own best point and to the swarm's; takes inequality constraints.
 
     pyswarm draws the random numbers of all iterations at the start, so its path depends on `maxiter`, which
-    therefore never follows from a budget. Its own coefficients (0.5 each, the defaults here too) stall on curved
-    valleys; the constriction values are omega=0.7298, phip=1.49618, phig=1.49618 (Clerc & Kennedy 2002).
+    therefore never follows from a budget. The default coefficients are those of constriction (Clerc & Kennedy 2002);
+    pyswarm's own, 0.5 each, stall on curved valleys. Of particles that break constraints the loss is not asked.
+    Weights that are `integer` are whole numbers to pyswarm too, unless they are `log` besides. Points handed over by a
+    predecessor take the places of the first particles.
 
     Args:
         swarmsize: particles; one generation is that many evaluations.
@@ -39,6 +43,7 @@ class PSO(BlockingMethod):
 
     Raises:
         BoundsError: a weight has no finite bounds.
+        MethodError: a constraint is an equality, which hardly any particle keeps.
         MemoryLimit: 16 * maxiter * swarmsize * n bytes of random numbers do not fit.
 
     Example:
@@ -52,15 +57,17 @@ class PSO(BlockingMethod):
 
     name: ClassVar[str] = "pyswarm.pso"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.CONSTRAINTS})
+    takes: ClassVar[frozenset[str]] = frozenset({"points"})
     # f2py keeps the callback in a thread-local that points into the C stack: two swarms in one thread crash
     isolation: ClassVar[Isolation] = "thread"
     libraries: ClassVar[tuple[str, ...]] = ("pyswarm",)
     memory_advice: ClassVar[str] = "lower maxiter or swarmsize, or select fewer weights (select=...)"
 
     swarmsize: int = 100
-    omega: float = 0.5
-    phip: float = 0.5
-    phig: float = 0.5
+    omega: float = 0.7298
+    phip: float = 1.49618
+    phig: float = 1.49618
     maxiter: int = 100
     minstep: float = 1e-8
     minfunc: float = 1e-8
@@ -80,10 +87,22 @@ class PSO(BlockingMethod):
         """See `BlockingMethod.solve`."""
         import pyswarm
 
+        options: dict[str, Any] = {}
+        lower, upper = start.lower, start.upper
+        if start.integer is not None:
+            # the outermost whole numbers have half a number of room beyond them, which pyswarm must not see
+            whole = start.integer if start.log is None else start.integer & ~start.log
+            lower, upper = np.where(whole, lower + 0.5, lower), np.where(whole, upper - 0.5, upper)
+            options["intvar"] = np.flatnonzero(whole).tolist()
+        if start.points is not None and len(start.points):
+            options["init"] = self._swarm(start)
+        if start.constrained:
+            options["f_ieqcons"] = self._inequalities(ask, start)
         r = pyswarm.pso(
             _Callback(ask, max(3 * self.swarmsize, _PATIENCE)),
-            start.lower,
-            start.upper,
+            lower,
+            upper,
+            **options,
             swarmsize=self.swarmsize,
             omega=self.omega,
             phip=self.phip,
@@ -97,7 +116,35 @@ class PSO(BlockingMethod):
         loss = float(r.fun)
         converged = r.nit < self.maxiter
         reason = Reason.CONVERGED if converged else Reason.STALLED
-        return Ending(reason, r.message, math.inf if loss >= _WORST else loss, r.x)
+        return Ending(reason, r.message, math.inf if loss >= _WORST else loss, start.clip(np.asarray(r.x)))
+
+    def _swarm(self, start: Start) -> FloatArray:
+        """The first positions, shape (swarmsize, n): the points handed over, the rest drawn from the box."""
+        assert start.points is not None
+        random = np.random.default_rng(start.seed)
+        swarm: FloatArray = random.uniform(start.lower, start.upper, (self.swarmsize, start.n))
+        known = start.points[: self.swarmsize]
+        swarm[: len(known)] = known
+        return swarm
+
+    def _inequalities(self, ask: Ask, start: Start) -> Callable[[FloatArray], FloatArray]:
+        """The constraints as pyswarm takes them: numbers that must not be negative."""
+        lower, upper, _ = ask.limits(start.x0)
+        if (lower == upper).any():
+            raise MethodError(
+                f"{self.label}: expected inequality constraints alone, {int((lower == upper).sum())} are equalities, "
+                "which hardly any point of a swarm keeps; use scipy.slsqp or scipy.trust_constr"
+            )
+        low, high = np.isfinite(lower), np.isfinite(upper)
+
+        def kept(x: FloatArray) -> FloatArray:
+            try:
+                c = ask.constraints(start.clip(x))
+            except Abandoned:  # see `_Callback`
+                return np.ones(int(low.sum() + high.sum()))
+            return np.concatenate([(c - lower)[low], (upper - c)[high]])
+
+        return kept
 
 
 class _Callback:

@@ -100,8 +100,8 @@ class Powell(Minimize):
 class COBYLA(Minimize):
     """Powell's COBYLA (1994; SciPy's is PRIMA, Zhang 2023): linear models on a simplex in a shrinking trust region.
 
-    Robust against noise, with a modest final accuracy. It treats bounds as constraints that it may break on the way,
-    and so is refused where there are any: use COBYQA.
+    Robust against noise, with a modest final accuracy. Takes constraints, which it may break on its way; bounds it
+    would treat like these, and so is refused where there are any: use COBYQA.
 
     Args:
         rhobeg: first radius, the size of a reasonable first change of a weight.
@@ -119,6 +119,7 @@ class COBYLA(Minimize):
 
     name: ClassVar[str] = "scipy.cobyla"
     solver: ClassVar[str] = "COBYLA"
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.CONSTRAINTS})
     converged: ClassVar[frozenset[int]] = frozenset({0, 1})  # smallest radius, f_target
 
     rhobeg: Positive = 1.0
@@ -140,6 +141,8 @@ class COBYLA(Minimize):
 @dataclass(frozen=True)
 class COBYQA(Minimize):
     """Ragonneau's COBYQA (2022): quadratic models in a trust region, always within bounds; the successor of COBYLA.
+
+    Takes constraints, which it may break on its way.
 
     Usually the fewest evaluations of the methods without gradients, for smooth losses of up to some hundred weights.
     Each evaluation costs milliseconds of its own, more with more weights.
@@ -165,7 +168,7 @@ class COBYQA(Minimize):
 
     name: ClassVar[str] = "scipy.cobyqa"
     solver: ClassVar[str] = "COBYQA"
-    uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS, Need.CONSTRAINTS})
     converged: ClassVar[frozenset[int]] = frozenset({0, 1, 2})  # smallest radius, f_target, all weights fixed
     isolation: ClassVar[Isolation] = (
         "exclusive"  # it holds `scipy.optimize._cobyqa_py.COBYQA_LOCK` to its end

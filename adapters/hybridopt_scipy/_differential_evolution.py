@@ -15,6 +15,7 @@ from hybridopt_scipy._minimize import (
     Count,
     Fraction,
     NonNegative,
+    Restrictions,
     check,
     differentiated,
     ending,
@@ -35,7 +36,7 @@ class DifferentialEvolution(BlockingMethod):
     Robust on rough losses of up to some tens of weights. With `updating="deferred"` a generation is one question
     (one batched forward where the loss can be batched); "immediate", SciPy's default, asks member by member and often
     needs fewer of them. With `gradients="none"` on float64 weights it walks SciPy's own path bit for bit
-    (rng=default_rng(seed), x0 = the start).
+    (rng=default_rng(seed), x0 = the start). Of members that break constraints the loss is not asked.
 
     Args:
         strategy: which differences are added to whom, in SciPy's words.
@@ -44,7 +45,7 @@ class DifferentialEvolution(BlockingMethod):
         tol, atol: converged when the losses' standard deviation is at most atol + tol × |their mean|.
         mutation: factor of the differences in [0, 2), or a (low, high) pair to draw it from in every generation.
         recombination: share of the weights that are changed.
-        polish: whether L-BFGS-B goes on from the best member at the end.
+        polish: whether L-BFGS-B (SLSQP if there are constraints) goes on from the best member at the end.
         init: how the first population is spread.
         updating: when better members replace their parents: at once, or after the generation.
         gradients: for the polishing, see `hybridopt.gradients.Derivative`.
@@ -63,7 +64,7 @@ class DifferentialEvolution(BlockingMethod):
 
     name: ClassVar[str] = "scipy.differential_evolution"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
-    uses: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT, Need.POPULATION})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT, Need.POPULATION, Need.CONSTRAINTS})
     libraries: ClassVar[tuple[str, ...]] = ("scipy",)
     memory_advice: ClassVar[str] = "use a smaller popsize, or select fewer weights (select=...)"
 
@@ -104,6 +105,8 @@ class DifferentialEvolution(BlockingMethod):
         def losses(x: Any) -> Any:  # vectorized: x has shape (n, popsize)
             return ask.values(start.clip(x.T)) if deferred else ask.value(start.clip(x))
 
+        rules = Restrictions(ask, start, self.gradients)
+
         with quiet():
             r = differential_evolution(
                 losses,
@@ -111,13 +114,27 @@ class DifferentialEvolution(BlockingMethod):
                 rng=np.random.default_rng(start.seed),
                 x0=start.x0.copy(),
                 vectorized=deferred,
+                constraints=_together(ask, start, rules) if rules else (),
                 **given(self, "gradients") | {"polish": False},
             )
             x, loss = r.x, r.fun
             if self.polish:  # as SciPy does, but with our gradients
                 arguments = differentiated(Derivative(ask, start, self.gradients, finite_start=False), start)
                 bounds = Bounds(start.lower, start.upper)
-                p = minimize(x0=x.copy(), method="L-BFGS-B", bounds=bounds, **arguments)
+                method = "SLSQP" if rules else "L-BFGS-B"
+                p = minimize(
+                    x0=x.copy(), method=method, bounds=bounds, constraints=rules.dictionaries(), **arguments
+                )
                 if p.success and p.fun < loss:
                     x, loss = p.x, p.fun
         return ending(start, r.success, r.message, loss, x)
+
+
+def _together(ask: Ask, start: Start, rules: Restrictions) -> Any:
+    """All constraints as one, asked of a whole generation at once where the losses are."""
+    from scipy.optimize import NonlinearConstraint
+
+    def values(x: Any) -> Any:  # shape (n,), or vectorized (n, popsize)
+        return ask.constraints(start.clip(np.asarray(x).T)).T
+
+    return NonlinearConstraint(values, rules.lower, rules.upper)

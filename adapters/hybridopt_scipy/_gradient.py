@@ -13,10 +13,11 @@ from hybridopt.errors import MethodError
 from hybridopt.gradients import narrow
 from hybridopt.optimizer import Need
 from hybridopt.solver import Ask, Start
-from hybridopt_scipy._minimize import Count, GradientMinimize, NonNegative, Positive, Share
+from hybridopt_scipy._minimize import Count, GradientMinimize, NonNegative, Positive, Restrictions, Share
 
 _FREE: frozenset[Need] = frozenset({Need.GRADIENT})
 _BOUNDED: frozenset[Need] = frozenset({Need.GRADIENT, Need.BOUNDS})
+_CONSTRAINED = _BOUNDED | {Need.CONSTRAINTS}
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,9 @@ class TNC(GradientMinimize):
 
 @dataclass(frozen=True)
 class SLSQP(GradientMinimize):
-    """Sequential least-squares programming (Kraft 1988), quasi-Newton, for up to a few thousand weights; takes bounds.
+    """Sequential least-squares programming (Kraft 1988), quasi-Newton, for up to a few thousand weights.
+
+    Takes bounds and constraints; the first choice for smooth constraints, which it may break on its way.
 
     Without scale and with `gradients="none"`, or `"differences"` on float64 weights, it walks SciPy's own path bit
     for bit.
@@ -204,7 +207,7 @@ class SLSQP(GradientMinimize):
 
     name: ClassVar[str] = "scipy.slsqp"
     solver: ClassVar[str] = "SLSQP"
-    uses: ClassVar[frozenset[Need]] = _BOUNDED
+    uses: ClassVar[frozenset[Need]] = _CONSTRAINED
 
     ftol: Positive = 1e-6
     maxiter: Count = 100
@@ -213,10 +216,14 @@ class SLSQP(GradientMinimize):
         """Bytes of SciPy's workspace: 8 (0.5 + 8 + 2) n² and lower terms."""
         return 84 * n * n
 
+    def constraints(self, ask: Ask, start: Start) -> list[Any]:
+        """See `Minimize.constraints`."""
+        return Restrictions(ask, start, self.gradients).dictionaries()
+
 
 @dataclass(frozen=True)
 class TrustConstr(GradientMinimize):
-    """A trust-region interior point method (Byrd, Hribar and Nocedal 1999) with a quasi-Newton Hessian; takes bounds.
+    """A trust-region interior point method (Byrd, Hribar and Nocedal 1999); takes bounds and constraints.
 
     Bounds are barriers: it comes from the inside and never touches them. A start at a bound, which SciPy would take
     for converged, is moved inside by at most 1 % (Wächter and Biegler 2006, section 3.6). It asks a gradient at every
@@ -228,7 +235,8 @@ class TrustConstr(GradientMinimize):
         gtol: converged when no component of the gradient (of the Lagrangian) is larger.
         barrier_tol: with bounds, converged by `xtol` only below this barrier parameter.
         maxiter: iterations.
-        hess: the update of the Hessian, "bfgs" or "sr1".
+        hess: the update of the Hessian, "bfgs" or "sr1", or "autograd" for its own products with vectors (a forward
+            and two backwards each). Constraints that are not linear have an update of theirs, BFGS with "autograd".
         initial_tr_radius: of the trust region.
         initial_constr_penalty, initial_barrier_parameter, initial_barrier_tolerance: with bounds, first values.
         eps: absolute difference step, for `gradients="differences"` alone; None = from the weights' dtype. (SciPy's
@@ -248,14 +256,14 @@ class TrustConstr(GradientMinimize):
 
     name: ClassVar[str] = "scipy.trust_constr"
     solver: ClassVar[str] = "trust-constr"
-    uses: ClassVar[frozenset[Need]] = _BOUNDED
+    uses: ClassVar[frozenset[Need]] = _CONSTRAINED | {Need.HESSIAN}
     converged: ClassVar[frozenset[int]] = frozenset({1, 2})  # by gradient, trust region
 
     xtol: NonNegative = 1e-8
     gtol: NonNegative = 1e-8
     barrier_tol: NonNegative = 1e-8
     maxiter: Count = 1000
-    hess: Literal["bfgs", "sr1"] = "bfgs"
+    hess: Literal["bfgs", "sr1", "autograd"] = "bfgs"
     initial_tr_radius: Positive = 1.0
     initial_constr_penalty: Positive = 1.0
     initial_barrier_parameter: Positive = 0.1
@@ -275,12 +283,19 @@ class TrustConstr(GradientMinimize):
 
     def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
         """See `Minimize.arguments`."""
-        from scipy import optimize
-
         found = super().arguments(ask, start)
         del found["options"]["hess"]
-        hess = optimize.BFGS() if self.hess == "bfgs" else optimize.SR1()
-        return found | {"hess": hess, "x0": _inside(start)}
+        hess = {"hessp": ask.hessian_vector} if self.hess == "autograd" else {"hess": self._update()}
+        return found | {"x0": _inside(start)} | hess
+
+    def constraints(self, ask: Ask, start: Start) -> list[Any]:
+        """See `Minimize.constraints`."""
+        return Restrictions(ask, start, self.gradients).objects(hessian=self._update)
+
+    def _update(self) -> Any:
+        from scipy import optimize
+
+        return optimize.SR1() if self.hess == "sr1" else optimize.BFGS()
 
 
 def _inside(start: Start) -> npt.NDArray[np.float64]:

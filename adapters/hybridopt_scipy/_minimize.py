@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridopt.errors import MethodError
-from hybridopt.gradients import Derivative, GradientMode, narrow
+from hybridopt.gradients import ConstraintQuantity, Derivative, GradientMode, Jacobian, narrow
 from hybridopt.ledger import Reason
 from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
@@ -100,6 +101,99 @@ def differentiated(d: Derivative, start: Start, eps: float | None = None) -> dic
     return {"fun": d.fun, "options": {}}
 
 
+# -- constraints -------------------------------------------------------------------------------------------------
+
+
+class Restrictions:
+    """The constraints of a run in the forms in which SciPy takes them; none if there are none.
+
+    Args:
+        ask, start: as in `BlockingMethod.solve`.
+        gradients: how their Jacobian is computed, for solvers that want one; "none" leaves it to SciPy.
+    """
+
+    def __init__(self, ask: Ask, start: Start, gradients: GradientMode = "none") -> None:
+        empty = np.empty((3, 0))
+        limits = ask.limits(start.clip(start.x0)) if start.constrained else empty
+        self.lower, self.upper = limits[0], limits[1]
+        self._linear = limits[2] == 1
+        if gradients == "none" and narrow(start):  # SciPy's own step would change nothing in such weights
+            gradients = "differences"
+        self._c = Jacobian(ConstraintQuantity(ask), ask, start, gradients, finite_start=False)
+        self._known: dict[bytes, npt.NDArray[np.float64]] = {}  # of the last points
+        self._remembered = 4 * start.n + 10  # COBYQA asks again about those of its model, up to 2n + 1
+
+    def __bool__(self) -> bool:
+        return len(self.lower) > 0
+
+    def values(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """All constraint functions at `x`, shape (k,); not asked again at one of the last points."""
+        key = np.asarray(x, dtype=np.float64).tobytes()
+        if key not in self._known:
+            if len(self._known) >= self._remembered:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self._c.fun(x)
+        return self._known[key].copy()
+
+    def dictionaries(self) -> list[dict[str, Any]]:
+        """As SLSQP takes them: equalities = 0 and inequalities >= 0, each with its Jacobian."""
+        equal = self.lower == self.upper
+        low, high = (np.isfinite(side) & ~equal for side in (self.lower, self.upper))
+        parts = {
+            "eq": [(equal, self.lower, 1.0)],
+            "ineq": [(low, self.lower, 1.0), (high, self.upper, -1.0)],
+        }
+        return [self._dictionary(kind, [row for row in rows if row[0].any()]) for kind, rows in parts.items()
+                if any(chosen.any() for chosen, _, _ in rows)]  # fmt: skip
+
+    def _dictionary(self, kind: str, rows: list[tuple[Any, Any, float]]) -> dict[str, Any]:
+        def fun(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            c = self.values(x)
+            return np.concatenate([sign * (c[chosen] - side[chosen]) for chosen, side, sign in rows])
+
+        def jac(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            j = self._c.jac(x)
+            return np.concatenate([sign * j[chosen] for chosen, _, sign in rows])
+
+        return {"type": kind, "fun": fun} | ({} if self._c.mode == "none" else {"jac": jac})
+
+    def objects(self, *, hessian: Any = None) -> list[Any]:
+        """As the other methods take them, several numbers each.
+
+        Args:
+            hessian: makes what approximates second derivatives of those that are not linear.
+        """
+        from scipy.optimize import NonlinearConstraint
+
+        found = []
+        for chosen, straight in ((self._linear, True), (~self._linear, False)):
+            if not chosen.any():
+                continue
+            # the others read no derivatives, but COBYQA would have SciPy take differences for nothing
+            options: dict[str, Any] = {"jac": _no_slope(int(chosen.sum()))}
+            if hessian is not None:
+                options["hess"] = _no_curvature if straight else hessian()
+                options["jac"] = self._rows_of_jacobian(chosen)
+            found.append(
+                NonlinearConstraint(self._rows(chosen), self.lower[chosen], self.upper[chosen], **options)
+            )
+        return found
+
+    def _rows(self, chosen: npt.NDArray[np.bool_]) -> Callable[[Any], Any]:
+        return lambda x: self.values(x)[chosen]
+
+    def _rows_of_jacobian(self, chosen: npt.NDArray[np.bool_]) -> Any:
+        return "2-point" if self._c.mode == "none" else lambda x: self._c.jac(x)[chosen]
+
+
+def _no_slope(k: int) -> Callable[[Any], Any]:
+    return lambda x: np.zeros((k, len(x)))
+
+
+def _no_curvature(x: npt.NDArray[np.float64], v: Any) -> npt.NDArray[np.float64]:
+    return np.zeros((len(x), len(x)))
+
+
 # -- scipy.optimize.minimize -------------------------------------------------------------------------------------
 
 
@@ -116,12 +210,16 @@ class Minimize(BlockingMethod):
         check(self)
 
     def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
-        """The arguments of `scipy.optimize.minimize`, but for method and bounds."""
+        """The arguments of `scipy.optimize.minimize`, but for method, bounds and constraints."""
         return {
             "fun": lambda x: ask.value(start.clip(x)),
             "x0": start.x0.copy(),
             "options": given(self),
         }
+
+    def constraints(self, ask: Ask, start: Start) -> list[Any]:
+        """The constraints as the method takes them."""
+        return Restrictions(ask, start).objects()
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
@@ -129,8 +227,11 @@ class Minimize(BlockingMethod):
 
         # only trust-constr heeds `keep_feasible`; the other methods that take bounds never leave them
         bounds = Bounds(start.lower, start.upper, keep_feasible=True) if start.bounded else None
+        arguments = self.arguments(ask, start)
+        if start.constrained:
+            arguments["constraints"] = self.constraints(ask, start)
         with quiet():
-            r = minimize(method=self.solver, bounds=bounds, **self.arguments(ask, start))
+            r = minimize(method=self.solver, bounds=bounds, **arguments)
         return ending(start, r.get("status", 0) in self.converged, r.message, r.fun, r.x)
 
 

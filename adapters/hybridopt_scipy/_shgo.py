@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from hybridopt.gradients import Derivative, GradientMode, narrow
 from hybridopt.optimizer import Need
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-from hybridopt_scipy._minimize import Count, NonNegative, check, ending, given, quiet
+from hybridopt_scipy._minimize import Count, NonNegative, Restrictions, check, ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SHGO(BlockingMethod):
 
     name: ClassVar[str] = "scipy.shgo"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
-    uses: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT, Need.CONSTRAINTS})
     libraries: ClassVar[tuple[str, ...]] = ("scipy",)
     memory_advice: ClassVar[str] = "use sampling_method=sobol, or select fewer weights (select=...)"
 
@@ -81,12 +81,14 @@ class SHGO(BlockingMethod):
         local: dict[str, Any] = {"method": "SLSQP", "options": {"ftol": 1e-12}}  # SciPy's default
         if not d.none:
             local["jac"] = d.jac
+        rules = Restrictions(ask, start, mode)
         top = ("n", "iters", "sampling_method")
         with quiet():
             r = shgo(
                 d.fun,
                 start.pairs(),
                 minimizer_kwargs=local,
+                constraints=rules.dictionaries() or None,
                 options=given(self, "gradients", *top),
                 **{name: getattr(self, name) for name in top},
             )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from hybridopt.errors import ClosedError, MissingGradient, ReplayMismatch, State
 from hybridopt.ledger import Reason
 from hybridopt.machine import differences, fingerprint
 from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
+from hybridopt.trail import inverse_curvature
 from hybridopt.vector import ParameterVector
 from hybridopt_torch._inplace import load_optimizer
 
@@ -137,6 +140,19 @@ class ClosureRun:
         self._drop_carrier()
         self.vector.release(self)
         self._closed = True
+
+    def hand_over(self) -> HandOver:
+        """See `Optimizer.hand_over`: the curvature in the pairs that L-BFGS keeps."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = self.optimizer.state.get(params[0], {})
+        turned, moved = state.get("old_dirs"), state.get("old_stps")
+        same = len(params) == len(self.vector.tensors) and all(map(operator.is_, params, self.vector.tensors))
+        if not (turned and moved and same):
+            return HandOver()
+        s, y = (torch.stack(pairs).to("cpu", torch.float64).numpy() for pairs in (moved, turned))
+        slope = self.vector.coordinates.slope(self.vector.read())
+        slope = np.ones(self.vector.n) if slope is None else slope
+        return HandOver(covariance=inverse_curvature(s / slope, y * slope))
 
     # -- saving -------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hybridopt.errors import ClosedError, MissingGradient, StateError
 from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
-from hybridopt.vector import ParameterVector
+from hybridopt.trail import relative
+from hybridopt.vector import FloatArray, ParameterVector
 
 if TYPE_CHECKING:
     from hybridopt_torch._method import TorchMethod
@@ -35,7 +37,7 @@ class InPlaceRun:
         self.method = method
         self.name = method.label
         self.vector = vector
-        self.optimizer = method.make(vector)
+        self.optimizer = method.make(vector, warm)
         self.notes: list[str] = []
         self._loss = math.inf
         self._saved: list[Tensor] | None = None
@@ -85,6 +87,10 @@ class InPlaceRun:
             return Incumbent(self._loss, None)
         return Incumbent(self._loss, self.vector.encode(self.vector.gather(self._saved)))
 
+    def hand_over(self) -> HandOver:
+        """See `Optimizer.hand_over`: variances from the running mean of squared gradients, where there is one."""
+        return HandOver(covariance=second_moments(self.optimizer, self.vector))
+
     def state_dict(self) -> dict[str, Any]:
         """The weights and torch's own state dict."""
         weights = self.vector.snapshot() if self._saved is None else [t.clone() for t in self._saved]
@@ -109,6 +115,27 @@ class InPlaceRun:
         """Let go of the tensors."""
         self.vector.release(self)
         self._closed = True
+
+
+def second_moments(optimizer: torch.optim.Optimizer, vector: ParameterVector) -> FloatArray | None:
+    """Relative variances, shape (n,), in solver coordinates: one over the root mean square of each gradient.
+
+    The diagonal of the inverse Hessian as Adam and its relatives take it. None where the optimizer keeps no squares, or
+    not of every weight.
+    """
+    squares = []
+    for tensor in vector.tensors:
+        state = optimizer.state.get(tensor, {})
+        found = next((state[key] for key in ("exp_avg_sq", "square_avg", "sum") if key in state), None)
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            return None
+        squares.append(found)
+    roots = np.sqrt(np.abs(vector.gather(squares)))
+    slope = vector.coordinates.slope(vector.read())
+    if slope is not None:
+        roots = roots * slope
+    positive = roots[roots > 0]
+    return relative(1 / np.maximum(roots, positive.min())) if len(positive) else None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import torch
 
 from hybridopt.errors import MethodError
-from hybridopt.optimizer import HandOver, Method, Need, Optimizer
+from hybridopt.optimizer import FloatArray, HandOver, Many, Method, Need, Optimizer
 from hybridopt.registry import nearest
 from hybridopt.text import LIMITS
 from hybridopt.vector import ParameterVector
 from hybridopt_torch._closure import ClosureRun
 from hybridopt_torch._inplace import InPlaceRun
+from hybridopt_torch._many import ManyRun, batchable
+
+STEP = 0.1  # learning rate as a part of the distance that a predecessor hands over
 
 
 class TorchMethod(Method):
@@ -42,6 +45,7 @@ class TorchMethod(Method):
     name: ClassVar[str] = "torch"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
+    takes: ClassVar[frozenset[str]] = frozenset({"sigma"})
 
     def __init__(
         self, cls: type[torch.optim.Optimizer], _label: str | None = None, /, **options: Any
@@ -69,9 +73,22 @@ class TorchMethod(Method):
         return dict(self._options)
 
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
-        """See `Method.start`. The optimizer is made over the vector's tensors, in their parameter groups."""
+        """See `Method.start`. The optimizer is made over the vector's tensors, in their parameter groups.
+
+        Raises:
+            MethodError: weights stand for whole numbers, which it would move by less.
+        """
+        if vector.integer is not None:
+            raise MethodError(
+                f"{self.label}: it moves the weights in place and cannot keep the {int(vector.integer.sum())} integer "
+                "ones whole; leave them out with select=, or use a method such as cmaes or de"
+            )
         run = ClosureRun if self.closure else InPlaceRun
         return run(self, vector, warm)
+
+    def start_many(self, vector: ParameterVector, points: FloatArray) -> Many | None:
+        """See `Method.start_many`: for elementwise optimizers, ours and torch's."""
+        return ManyRun(self, vector, points) if batchable(self, vector) else None
 
     @property
     def closure(self) -> bool:
@@ -79,15 +96,27 @@ class TorchMethod(Method):
         parameter = inspect.signature(self.cls.step).parameters.get("closure")
         return parameter is not None and parameter.default is parameter.empty
 
-    def make(self, vector: ParameterVector) -> torch.optim.Optimizer:
-        """The torch optimizer over the vector's tensors."""
+    def make(self, vector: ParameterVector, warm: HandOver | None = None) -> torch.optim.Optimizer:
+        """The torch optimizer over the vector's tensors.
+
+        A distance handed over (`sigma`) sets the learning rate to a tenth of it, where none was given: a step of Adam
+        and its relatives is about that long.
+        """
+        more = {}
+        if warm is not None and warm.sigma is not None and "lr" not in self._options:
+            if "lr" in inspect.signature(self.cls).parameters:
+                more["lr"] = STEP * warm.sigma
         tensors = dict(zip(vector.names, vector.tensors, strict=True))
         params: Any = list(vector.tensors)
         if vector.groups is not None:
             params = [{**g, "params": [tensors[name] for name in g["params"]]} for g in vector.groups]
+        return self.construct(params, **more)
+
+    def construct(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        """The torch optimizer over these parameters or groups of them, with further options."""
         try:
             make: Callable[..., torch.optim.Optimizer] = self.cls
-            return make(params, **self._options)
+            return make(params, **self._options, **more)
         except (TypeError, ValueError) as error:
             raise MethodError(f"{self.label}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 import hybridopt
+import hybridopt_cma
 from hybridopt import Reason, method
 from hybridopt.errors import MethodError
+from hybridopt.optimizer import HandOver
 from tests.driving import rosenbrock
 
 Points = list[list[float]]
@@ -162,3 +165,107 @@ def test_a_single_bounded_weight() -> None:
 def test_wrong_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(MethodError, match=f"cma.cmaes: {text}"):
         method("cma.cmaes", **options)
+
+
+# -- further options, restarts, whole numbers, points handed over --------------------------------------------------
+
+
+def bumpy(x: torch.Tensor) -> torch.Tensor:
+    """Rastrigin's function: minimum 0 at 0, many others."""
+    return (x**2 - 10 * torch.cos(2 * math.pi * x) + 10).sum()
+
+
+def test_any_option_of_pycma_reaches_it() -> None:
+    points, _ = ours("cma.cmaes(extra=((CMA_mu, 2), (tolfacupx, 50.0)), active=False)")
+    expected, _ = theirs(600, CMA_mu=2, tolfacupx=50.0, CMA_active=False)
+    assert points == expected
+    assert points != ours("cma.cmaes")[0]
+    mapped = hybridopt_cma.CMAES(extra={"tolfacupx": 50.0, "CMA_mu": 2})
+    assert str(mapped) == "cma.cmaes(extra=((CMA_mu, 2), (tolfacupx, 50.0)))"
+    assert method(str(mapped)) == mapped
+
+
+@pytest.mark.parametrize(
+    "extra, text",
+    [
+        ({"CMA_muu": 2}, "extra has no option 'CMA_muu'; nearest: CMA_mu"),
+        ({"popsize": 9}, "popsize is given elsewhere: popsize="),
+        ({"timeout": 9}, "timeout is given elsewhere: the budget"),
+        ({"verb_log": 1}, "extra has no option 'verb_log'"),
+        ({"CMA_mu": [1]}, "expected extra to map names of cma.CMAOptions to plain values"),
+        (3, "expected extra to map names of cma.CMAOptions to plain values"),
+    ],
+)
+def test_wrong_extras(extra: Any, text: str) -> None:
+    with pytest.raises(MethodError, match=re.escape(text)):
+        hybridopt_cma.CMAES(extra=extra)
+
+
+@pytest.mark.parametrize("restarts", ["ipop", "bipop"])
+def test_restarts_find_what_one_run_does_not(restarts: Any) -> None:
+    def best(method: Any) -> tuple[float, list[int]]:
+        sizes: list[int] = []
+        x = torch.full((3,), 2.2, dtype=torch.float64)
+        run = hybridopt.Run(bumpy, x, method, budget=12000, bounds=(-5, 5), seed=4)
+        with run:
+            while run.reason is None:
+                question = run.optimizer.ask()
+                assert question.x is not None
+                sizes.append(len(question.x))
+                run.step()
+        return run.result().best_loss, sizes
+
+    alone, sizes = best(hybridopt_cma.CMAES(popsize=6))
+    assert alone > 0.5
+    assert set(sizes) == {6}
+    again, sizes = best(hybridopt_cma.CMAES(popsize=6, restarts=restarts))
+    assert again < 1e-6
+    larger = sorted(set(sizes))
+    assert {6, 12} <= set(larger)
+    if restarts == "ipop":
+        assert all(size == 6 * 2**k for k, size in enumerate(larger))
+        assert sizes == sorted(sizes)
+    else:
+        assert sizes != sorted(sizes)  # small runs follow large ones
+
+
+def test_restarts_end() -> None:
+    x = torch.full((2,), 2.2, dtype=torch.float64)
+    counts = [
+        hybridopt.minimize(
+            bumpy, x.clone(), hybridopt_cma.CMAES(restarts="ipop", max_restarts=k), budget=10**5, seed=1
+        ).evaluations
+        for k in (0, 1, 2)
+    ]
+    alone = hybridopt.minimize(bumpy, x.clone(), "cma.cmaes", budget=10**5, seed=1).evaluations
+    assert alone == counts[0] < counts[1] < counts[2] < 10**5
+
+
+def test_whole_numbers() -> None:
+    x = torch.tensor([4.0, -7.0, 0.5], dtype=torch.float64)
+    target = torch.tensor([2.0, 3.0, 0.25], dtype=torch.float64)
+    result = hybridopt.minimize(
+        lambda x: ((x - target) ** 2).sum(),
+        x,
+        "cma.cmaes",
+        budget=1500,
+        bounds=(-10, 10),
+        integer=[True, True, False],
+        seed=2,
+    )
+    assert result.x[:2].tolist() == [2.0, 3.0]
+    assert result.best_loss < 1e-8
+
+
+@pytest.mark.parametrize("bounds", [None, (-5.0, 5.0)])
+def test_points_handed_over_are_in_the_first_generation(bounds: Any) -> None:
+    x = torch.zeros(2, dtype=torch.float64)
+    vector = hybridopt.ParameterVector(x, bounds=bounds)
+    good = np.array([[1.0, 2.0], [-0.5, 4.9], [3.0, 3.0], [4.0, 4.0]])
+    warm = HandOver(np.zeros(2), 9.0, sigma=0.1, points=good, losses=np.arange(4.0))
+    optimizer = hybridopt_cma.CMAES(popsize=6).start(vector, 1, warm)
+    first = optimizer.ask().x
+    assert first is not None
+    for point in good[:3]:  # half a generation
+        assert np.isclose(first, point, atol=1e-9).all(axis=1).any()
+    optimizer.close()

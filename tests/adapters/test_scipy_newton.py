@@ -1,0 +1,142 @@
+"""SciPy's methods that use second derivatives."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+import hybridopt
+from hybridopt import Reason
+from hybridopt.errors import MissingGradient
+from hybridopt.testing import OptimizerContract
+from hybridopt_scipy import Dogleg, NewtonCG, TrustExact, TrustKrylov, TrustNCG
+from tests.driving import rosenbrock
+
+
+class TestNewtonCG(OptimizerContract):
+    method = NewtonCG()
+    random = False
+    evaluations: ClassVar[int] = 15
+
+
+@pytest.mark.slow
+class TestTrustNCG(OptimizerContract):
+    method = TrustNCG()
+    random = False
+    evaluations: ClassVar[int] = 30
+
+
+@pytest.mark.slow
+class TestTrustKrylov(OptimizerContract):
+    method = TrustKrylov()
+    random = False
+    evaluations: ClassVar[int] = 30
+
+
+class TestTrustExact(OptimizerContract):
+    method = TrustExact()
+    random = False
+    evaluations: ClassVar[int] = 15
+
+
+@pytest.mark.slow
+class TestDogleg(OptimizerContract):
+    method = Dogleg()
+    random = False
+    evaluations: ClassVar[int] = 30
+
+    def test_weight_without_gradient(self) -> None:
+        """The Hessian is singular there, where SciPy's dogleg ends."""
+        x = torch.ones(3, dtype=torch.float64)
+        result = hybridopt.minimize(lambda x: x[0] ** 2, x, self.method, budget=50)
+        assert result.reason is Reason.STALLED
+        assert "non-psd Hessian" in result.message
+
+
+METHODS = [NewtonCG(), TrustNCG(), TrustKrylov(), TrustExact(), Dogleg()]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.hessian
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_walks_scipys_path(method: hybridopt.Method) -> None:
+    """With the gradients and second derivatives that torch gives SciPy directly."""
+    import scipy.optimize
+
+    ours: list[list[float]] = []
+    theirs: list[list[float]] = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return rosenbrock(x)
+
+    def recorded(x: torch.Tensor) -> torch.Tensor:
+        ours.append(x.tolist())
+        return loss(x)
+
+    def fun(x: object) -> float:
+        tensor = torch.as_tensor(x)
+        theirs.append(tensor.tolist())
+        return loss(tensor).item()
+
+    start = torch.tensor([-1.2, 1.0, 0.8], dtype=torch.float64)
+    result = hybridopt.minimize(recorded, start.clone(), type(method)(gradients="autograd"), budget=500)
+    second: dict[str, object] = {
+        "hessp": lambda x, p: torch.func.hessian(loss)(torch.as_tensor(x)).numpy() @ p
+    }
+    if not method.products:  # type: ignore[attr-defined]
+        second = {"hess": lambda x: torch.func.hessian(loss)(torch.as_tensor(x)).numpy()}
+    expected = scipy.optimize.minimize(
+        fun,
+        start.numpy(),
+        method=method.solver,  # type: ignore[attr-defined]
+        jac=lambda x: torch.func.grad(loss)(torch.as_tensor(x)).numpy(),
+        **second,
+    )
+    assert result.best_loss < 1e-6
+    # second derivatives computed in another order differ in the last bits, which a curved valley spreads
+    assert abs(result.evaluations - len(theirs)) <= 2
+    torch.testing.assert_close(torch.tensor(result.x), torch.tensor(expected.x), rtol=1e-4, atol=1e-4)
+    distinct = [x for i, x in enumerate(ours) if i == 0 or x != ours[i - 1]]
+    for a, b in zip(distinct[:4], theirs[:4], strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-7, atol=1e-9)
+
+
+class Kept(torch.autograd.Function):
+    """x² whose gradient silently has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return 2 * g * x
+
+
+def test_second_derivatives_that_are_silently_missing_are_found_out() -> None:
+    with pytest.warns(RuntimeWarning, match=r"second derivatives disagree.*scipy.bfgs"):
+        hybridopt.minimize(lambda x: Kept.apply(x).sum(), torch.ones(2), "trust_exact", budget=50)
+
+
+def test_a_loss_that_cannot_be_differentiated_twice() -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x[None], torch.zeros(1, 2), p=3.0).sum()
+
+    with pytest.raises(MissingGradient, match=r"cannot be differentiated twice.*scipy.bfgs"):
+        hybridopt.minimize(loss, torch.ones(2), "trust_exact", budget=50)
+
+
+def test_a_closure_that_calls_backward() -> None:
+    x = torch.ones(2, requires_grad=True)
+
+    def closure() -> torch.Tensor:
+        loss = (x**2).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(MissingGradient, match=r"no graph to the weights.*scipy.bfgs"):
+        hybridopt.minimize(closure, [x], "newton_cg", budget=50)
