@@ -7,8 +7,8 @@ import math
 import numbers
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from hybridopt.errors import BudgetError, Stop
@@ -23,6 +23,7 @@ class Reason(enum.Enum):
     FORWARD_EQUIVALENTS = "forward_equivalents"
     SECONDS = "seconds"
     STEPS = "steps"
+    SWITCHED = "switched"
     STALLED = "stalled"
     NON_FINITE = "non_finite"
     INTERRUPTED = "interrupted"
@@ -38,9 +39,11 @@ _SENTENCES = {
     Reason.TARGET: "the target loss was reached",
     Reason.CONVERGED: "the method says it has converged",
     Reason.EVALUATIONS: "the budget of evaluations is spent",
-    Reason.FORWARD_EQUIVALENTS: "the next evaluation would pass the budget of forward-equivalents",
+    Reason.FORWARD_EQUIVALENTS: "what comes next (an evaluation with its gradient, a check of batches) would pass the "
+    "budget of forward-equivalents",
     Reason.SECONDS: "the time is up",
     Reason.STEPS: "the allowed number of steps is done",
+    Reason.SWITCHED: "a switch rule was met",
     Reason.STALLED: "the method gave up without converging",
     Reason.NON_FINITE: "no finite loss came any more (or none was ever seen)",
     Reason.INTERRUPTED: "interrupted by the user",
@@ -49,6 +52,43 @@ _SENTENCES = {
 
 _UNITS = {"": "evaluations", "evals": "evaluations", "evaluations": "evaluations", "fe": "forward_equivalents",
           "forward_equivalents": "forward_equivalents", "s": "seconds", "seconds": "seconds"}  # fmt: skip
+
+
+class Share(float):
+    """A part of the enclosing budget, in percent: `Share(20)`, in text `20%`.
+
+    It is of the nearest enclosing budget that limits the same quantity; where none does, of every limit that the
+    nearest enclosing budget has (so `evaluations=20%` in a run of 1000 forward-equivalents is 200 of those).
+
+    Example:
+        >>> Share.read("20%"), Share(20).of(137)
+        (20%, 27.4)
+    """
+
+    def __new__(cls, percent: float) -> Share:
+        """A share of so many percent, above 0 and at most 100."""
+        if not 0 < percent <= 100:
+            raise BudgetError(f"share: expected a percentage above 0 and at most 100, got {percent!r}")
+        return super().__new__(cls, percent)
+
+    @classmethod
+    def read(cls, value: Any) -> Any:
+        """Text such as `"20%"` as a share; anything else as it is."""
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)
+            if match is None:
+                raise BudgetError(f"share: expected a percentage such as '20%', got {value!r}")
+            return cls(float(match[1]))
+        return value
+
+    def of(self, limit: float) -> float:
+        """This part of a limit."""
+        return float(self) * limit / 100
+
+    def __repr__(self) -> str:
+        return f"{float(self):g}%" if float(f"{float(self):g}") == float(self) else f"{float(self)!r}%"
+
+    __str__ = __repr__
 
 
 @dataclass(frozen=True)
@@ -138,6 +178,12 @@ class Budget:
             limits[unit] = int(number) if number.is_integer() else number
         return cls(**limits)
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits given on what can be spent, by quantity; the target is none of them."""
+        spendable = ("evaluations", "forward_equivalents", "seconds")
+        return {name: getattr(self, name) for name in spendable if getattr(self, name) is not None}
+
     def __repr__(self) -> str:
         given = [
             f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None
@@ -167,21 +213,25 @@ class Ledger:
         forward, backward: model passes begun and finished.
         recomputed: forwards repeated because a stop or a resume lost their graph; not part of any budget.
         nonfinite: evaluations whose loss was nan or inf.
-        best_loss: the lowest finite loss, inf before one was seen.
+        best_loss: the lowest finite loss, inf before one was seen. With constraints: of the points that keep them.
+        best_violation: by how much the best point breaks the constraints (0 = not at all), inf before one was seen.
         best_point: that point (whatever the objective's `copy_point` returns), None before one was seen.
         last_loss: the last loss that was no probe, nan before one.
+        shares: limits given as parts of an enclosing budget, by quantity; empty once they are numbers.
     """
 
     __slots__ = (
-        "_clock", "_started", "backward", "backward_cost", "best_evaluation", "best_loss", "best_point", "budget",
-        "evaluations", "forward", "label", "last_loss", "max_equivalents", "max_evaluations", "nonfinite",
-        "nonfinite_in_a_row", "recomputed", "seconds_before", "target", "time_limit", "worst_loss",
+        "_clock", "_started", "backward", "backward_cost", "best_evaluation", "best_loss", "best_point",
+        "best_violation", "budget", "evaluations", "forward", "label", "last_loss", "max_equivalents",
+        "max_evaluations", "nonfinite", "nonfinite_in_a_row", "recomputed", "resolved", "seconds_before", "shares",
+        "target", "time_limit", "worst_loss",
     )  # fmt: skip
 
     def __init__(
         self,
         budget: Budget | None = None,
         *,
+        shares: Mapping[str, Share] | None = None,
         backward_cost: float = 2.0,
         label: str = "",
         clock: Callable[[], float] = time.perf_counter,
@@ -193,13 +243,45 @@ class Ledger:
         self.seconds_before = 0.0
         self.evaluations = self.forward = self.backward = self.recomputed = 0
         self.nonfinite = self.nonfinite_in_a_row = 0
-        self.best_loss = math.inf
+        self.best_loss = self.best_violation = math.inf
         self.worst_loss = -math.inf
         self.best_point: Any = None
         self.best_evaluation = 0
         self.last_loss = math.nan
+        self.shares = dict(shares or {})
+        self.resolved: dict[str, float] = {}
         self.budget = Budget()
         self.limit(budget or Budget())
+
+    def resolve(self, outer: Sequence[Ledger]) -> None:
+        """Turn `shares` into numbers, once, before the first evaluation.
+
+        Args:
+            outer: the enclosing ledgers, outermost first.
+
+        Raises:
+            BudgetError: no enclosing budget has a limit to take a share of.
+        """
+        for quantity, share in self.shares.items():
+            same = [ledger for ledger in outer if getattr(ledger.budget, quantity) is not None]
+            others = [ledger for ledger in outer if ledger.budget.limits]
+            if not (same or others):
+                raise BudgetError(
+                    f"{self.label}: {quantity}={share} expects an enclosing budget with a limit; there is none"
+                )
+            found = {quantity: getattr(same[-1].budget, quantity)} if same else others[-1].budget.limits
+            for name, limit in found.items():
+                self._tighten(name, share.of(limit))
+        self.shares = {}
+
+    def _tighten(self, quantity: str, value: float) -> None:
+        """Take over a limit that was a share; a lower one stays."""
+        if quantity == "evaluations":
+            value = max(1, math.floor(value * (1 + 1e-12)))
+        given = getattr(self.budget, quantity)
+        self.resolved[quantity] = value
+        lower: dict[str, Any] = {quantity: value if given is None else min(given, value)}
+        self.limit(replace(self.budget, **lower))
 
     def limit(self, budget: Budget) -> None:
         """Replace the limits, e.g. to go on after a budget was spent; what was spent stays."""
@@ -228,7 +310,7 @@ class Ledger:
         """Raise `Stop` if this much more would pass a limit."""
         if self._started is None:
             self._started = self._clock()
-        if self.best_loss <= self.target:
+        if self.target_reached:
             raise Stop(self, Reason.TARGET)
         if self.evaluations + evaluations > self.max_evaluations:
             raise Stop(self, Reason.EVALUATIONS)
@@ -237,8 +319,11 @@ class Ledger:
         if self.time_limit is not None and self.seconds >= self.time_limit:
             raise Stop(self, Reason.SECONDS)
 
-    def book(self, loss: float, probe: bool, source: Shadow) -> None:
-        """Count one evaluation with its loss; keep the point if it is the best (`forward`/`backward` are separate)."""
+    def book(self, loss: float, probe: bool, source: Shadow, violation: float = 0.0) -> None:
+        """Count one evaluation with its loss; keep the point if it is the best (`forward`/`backward` are separate).
+
+        The best breaks the constraints least (`violation`, 0 = not at all), and among such has the lowest loss.
+        """
         self.evaluations += 1
         if not probe:
             self.last_loss = loss
@@ -248,22 +333,23 @@ class Ledger:
             return
         self.nonfinite_in_a_row = 0
         self.worst_loss = max(self.worst_loss, loss)
-        if loss < self.best_loss:
-            self.best_loss = loss
+        if (violation, loss) < (self.best_violation, self.best_loss):
+            self.best_violation, self.best_loss = violation, loss
             self.best_evaluation = self.evaluations
             self.best_point = source.copy_point(self.best_point)
 
     @property
     def target_reached(self) -> bool:
-        """Whether the best loss is at or below the target."""
-        return self.best_loss <= self.target
+        """Whether the best loss is at or below the target, at a point that keeps the constraints."""
+        return self.best_loss <= self.target and self.best_violation == 0
 
     _PLAIN = ("evaluations", "forward", "backward", "recomputed", "nonfinite", "nonfinite_in_a_row", "best_loss",
-              "worst_loss", "best_evaluation", "last_loss", "backward_cost")  # fmt: skip
+              "best_violation", "worst_loss", "best_evaluation", "last_loss", "backward_cost")  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and seconds as plain numbers; the best point is saved by the objective, which knows its form."""
-        return {name: getattr(self, name) for name in self._PLAIN} | {"seconds": self.seconds}
+        plain = {name: getattr(self, name) for name in self._PLAIN}
+        return plain | {"seconds": self.seconds, "resolved": None if self.shares else dict(self.resolved)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over counters and seconds; limits stay as they are, so a budget can be raised on resume."""
@@ -271,6 +357,10 @@ class Ledger:
             setattr(self, name, state[name])
         self.seconds_before = state["seconds"]
         self._started = None
+        if state["resolved"] is not None:
+            self.shares = {}
+            for quantity, value in state["resolved"].items():
+                self._tighten(quantity, value)
 
     def spent(self) -> dict[str, Any]:
         """The counters that users see."""

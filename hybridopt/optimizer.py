@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridopt.errors import BoundsError, Stop
-from hybridopt.ledger import Budget, Ledger, Reason
+from hybridopt.ledger import Ledger, Reason
 from hybridopt.vector import ParameterVector
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -24,6 +25,9 @@ class Need(enum.Enum):
     GRADIENT = "gradient"
     BOUNDS = "bounds"
     POPULATION = "population"
+    CONSTRAINTS = "constraints"
+    RESIDUALS = "residuals"
+    HESSIAN = "hessian"
 
 
 class Kind(enum.Enum):
@@ -37,8 +41,23 @@ class Kind(enum.Enum):
     """Both at `x`."""
     POPULATION = "population"
     """The losses of all rows of `x`, shape (popsize, n)."""
+    VALUES_AND_GRADIENTS = "values+gradients"
+    """The losses and gradients of all rows of `x`, shape (k, n): many starts of a gradient method."""
     RESIDUALS = "residuals"
-    """Reserved for least-squares methods: the vector whose half squared norm is the loss."""
+    """The vector, shape (m,), whose half squared norm is the loss at `x`, and that loss."""
+    JACOBIAN = "jacobian"
+    """Of the residuals just asked at `x`, shape (m, n)."""
+    LIMITS = "limits"
+    """Of the constraints, shape (3, k): lower, upper, and whether linear in `x` (1 or 0). Costs what `CONSTRAINTS`
+    does, since how many there are is known when they were evaluated."""
+    CONSTRAINTS = "constraints"
+    """All constraint functions at `x`, shape (k,); at all rows of `x`, shape (popsize, k)."""
+    CONSTRAINT_JACOBIAN = "constraint jacobian"
+    """Of the constraint functions at `x`, shape (k, n)."""
+    HESSIAN = "hessian"
+    """Second derivatives of the loss at `x`, shape (n, n)."""
+    HESSIAN_VECTOR = "hessian product"
+    """Their product with `direction`, shape (n,)."""
 
 
 class Request(NamedTuple):
@@ -59,6 +78,8 @@ class Request(NamedTuple):
     """A `GRADIENT` question about this value may follow."""
     scopes: tuple[Ledger, ...] = ()
     """Ledgers of the enclosing stages, outermost first; the evaluation is booked in each and limited by each."""
+    direction: FloatArray | None = None
+    """Solver coordinates, shape (n,), for `HESSIAN_VECTOR`."""
 
     def within(self, scope: Ledger) -> Request:
         """The same question, also booked in (and limited by) an enclosing stage's ledger."""
@@ -70,15 +91,22 @@ class Answer(NamedTuple):
 
     loss: float = np.inf
     losses: FloatArray | None = None
-    """Shape (popsize,), for `POPULATION`."""
+    """Shape (popsize,), for `POPULATION` and `VALUES_AND_GRADIENTS`."""
     gradient: FloatArray | None = None
-    """Shape (n,), in solver coordinates; None for in-place requests, and where the loss has no gradient at all."""
+    """Shape (n,), or (k, n) for `VALUES_AND_GRADIENTS`, in solver coordinates; None for in-place requests, and where
+    the loss has no gradient at all."""
     finite: bool = True
     """Whether loss and gradient were finite."""
     surrogate: bool = False
     """The gradient is that of a surrogate the user chose: it need not agree with the loss."""
+    keeps_best: bool = True
+    """Whether the lowest loss seen is that of the best point; else (it is a lucky draw) the method must name one."""
     stop: Stop | None = None
     """A limit of one of the request's own scopes was reached: nothing was evaluated (or not all of a population)."""
+    array: FloatArray | None = None
+    """What the other kinds ask for, in the shape said there."""
+    violation: float = 0.0
+    """By how much the point breaks the constraints; 0 = it keeps them all, within their tolerance."""
 
 
 class Step(NamedTuple):
@@ -106,8 +134,41 @@ class HandOver(NamedTuple):
     """What one method can tell its successor; plain data in solver coordinates, each part optional."""
 
     x: FloatArray | None = None
+    """The point to start at, shape (n,); None = where the weights stand."""
     loss: float = np.inf
+    """The loss at `x`; inf if it is not known."""
     sigma: float | None = None
+    """Typical distance, per coordinate, between `x` and the optimum."""
+    covariance: FloatArray | None = None
+    """The shape of that distance, of variance 1: (n,) = a diagonal, or (n, n); the geometric mean of its diagonal is
+    1, so the distance along coordinate i is `sigma * sqrt(diagonal[i])`."""
+    points: FloatArray | None = None
+    """Good points, shape (k, n), lowest loss first."""
+    losses: FloatArray | None = None
+    """Their losses, shape (k,)."""
+
+    def only(self, parts: Collection[str]) -> HandOver:
+        """The point and its loss, and of the other parts those named."""
+        points = "points" in parts
+        return HandOver(
+            self.x,
+            self.loss,
+            self.sigma if "sigma" in parts else None,
+            self.covariance if "covariance" in parts else None,
+            self.points if points else None,
+            self.losses if points else None,
+        )
+
+    def __str__(self) -> str:
+        """What it holds, for people: `point, sigma 0.03, 20 points`."""
+        said = ["start" if self.x is None else "point"]
+        if self.sigma is not None:
+            said.append(f"sigma {self.sigma:.3g}")
+        if self.covariance is not None:
+            said.append("covariance" if self.covariance.ndim == 2 else "variances")
+        if self.points is not None:
+            said.append(f"{len(self.points)} points")
+        return ", ".join(said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +180,8 @@ class StageReport:
     message: str
     best_loss: float
     spent: Mapping[str, Any]
+    received: str = ""
+    """What it was handed by its predecessor (`HandOver` as text); empty for a first stage."""
 
 
 @runtime_checkable
@@ -126,7 +189,11 @@ class Optimizer(Protocol):
     """A method at work on one model: asks, is told, and never computes a loss itself."""
 
     name: str
-    needs: frozenset[Need]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it cannot do without."""
+        ...
 
     @property
     def notes(self) -> Sequence[str]:
@@ -165,8 +232,25 @@ class Optimizer(Protocol):
         """
         ...
 
+    def hand_over(self) -> HandOver:
+        """What a successor may use besides the point: the distance still to go, its shape, good points seen."""
+        ...
+
     def close(self) -> None:
         """Free what the optimizer holds; it cannot be asked afterwards. Closing twice is allowed."""
+        ...
+
+
+class Many(Optimizer, Protocol):
+    """Many starts of one method that make every step together."""
+
+    @property
+    def losses(self) -> FloatArray:
+        """The lowest loss of each start still at work, shape (k,), in the order of the rows that it asks for."""
+        ...
+
+    def retain(self, rows: Sequence[int]) -> None:
+        """Go on with these starts alone, in this order; between two steps."""
         ...
 
 
@@ -201,6 +285,10 @@ class Method(abc.ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     uses: ClassVar[frozenset[Need]] = frozenset()
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """The parts of a `HandOver` that it uses besides the point: of sigma, covariance, points."""
+    parts: ClassVar[tuple[Method, ...]] = ()
+    """The methods that a composition is made of."""
 
     @abc.abstractmethod
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
@@ -210,6 +298,23 @@ class Method(abc.ABC):
             BoundsError: the method needs a box and the vector has none.
             MemoryLimit: the method would need more memory than there is.
         """
+
+    def start_many(self, vector: ParameterVector, points: FloatArray) -> Many | None:
+        """Many starts of this method at work in one batched program; None (default) where there is no such program.
+
+        Args:
+            vector: of the weights; left as it stands.
+            points: where they begin, shape (k, n), in solver coordinates, inside the bounds.
+        """
+        return None
+
+    def fitted(self, objective: Any) -> tuple[Method, list[str]]:
+        """What a run starts in this method's place, once the objective is known, and what to tell the user of it.
+
+        Most methods stand for themselves. The choice must follow from the objective alone (nothing is evaluated), so
+        that a resumed run makes the same one.
+        """
+        return self, []
 
     @property
     def label(self) -> str:
@@ -228,10 +333,14 @@ class Method(abc.ABC):
                 found[field.name] = value
         return found
 
-    def __str__(self) -> str:
+    def call(self, limits: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """Its text form, with a stage's limits among the options."""
         from hybridopt.text import print_call
 
-        return print_call(self.label, self.options())
+        return print_call(self.label, {**self.options(), **limits})
+
+    def __str__(self) -> str:
+        return self.call()
 
     def __rshift__(self, other: Method) -> Method:
         """A chain: this method, then the other from this one's best point."""
@@ -242,23 +351,47 @@ class Method(abc.ABC):
         chained: Method = composition("chain")((self, other))
         return chained
 
-    def limit(self, budget: Any = None, *, steps: int | None = None, **limits: Any) -> Method:
+    def limit(self, budget: Any = None, **limits: Any) -> Method:
         """This method as a stage that ends after the given budget and/or number of steps.
+
+        Args:
+            budget: anything that `Budget.parse` takes; or the limits by name:
+            **limits: evaluations, forward_equivalents, seconds, each a number or a part of the enclosing budget
+                (`"20%"`); target; steps; and `handover`: `"all"` (default) or `"point"`, what the stage takes from
+                its predecessor.
 
         Example:
             >>> import hybridopt
             >>> str(hybridopt.method("slsqp").limit(evaluations=50))
             'scipy.slsqp(evaluations=50)'
+            >>> str(hybridopt.method("cmaes").limit(evaluations="20%", handover="point"))
+            'cmaes(evaluations=20%, handover=point)'
         """
         from hybridopt.registry import composition
 
-        parsed: Budget | None = None
-        if limits:
-            parsed = Budget(**limits)  # a stage may have a target alone: its run has a budget
-        elif budget is not None:
-            parsed = Budget.parse(budget)
-        staged: Method = composition("stage")(self, parsed, steps)
+        staged: Method = composition("stage")(self, budget, limits)
         return staged
+
+    def until(self, rule: Any) -> Method:
+        """This method as a stage that ends when a switch rule is met; see `hybridopt.until`.
+
+        Example:
+            >>> import hybridopt
+            >>> from hybridopt.until import gradient_norm, plateau
+            >>> str(hybridopt.method("adam").until(plateau(50) | gradient_norm(1e-6)))
+            'adam until plateau(50) | gradient_norm(1e-06)'
+        """
+        from hybridopt.registry import composition
+
+        staged: Method = composition("stage")(self, None, {"rule": rule})
+        return staged
+
+
+def leaves(method: Method) -> Iterator[Method]:
+    """The methods that a composition is made of, itself included."""
+    yield method
+    for part in method.parts:
+        yield from leaves(part)
 
 
 def require_box(vector: ParameterVector, method: str) -> None:

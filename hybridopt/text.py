@@ -1,27 +1,31 @@
-"""Methods as text: `dual_annealing(evaluations=500) > slsqp(ftol=1e-12)`, read and printed."""
+"""Methods as text: `dual_annealing(evaluations=20%) > adam until plateau(50) > slsqp(ftol=1e-12)`, read and printed."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import operator
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hybridopt.errors import BudgetError, MethodError
+from hybridopt.ledger import Share
 from hybridopt.optimizer import Method
-from hybridopt.registry import composition, factory, nearest
+from hybridopt.registry import COMPOSED, composition, factory, nearest
 
-LIMITS = ("evaluations", "forward_equivalents", "seconds", "target", "steps")
+_T = TypeVar("_T")
+LIMITS = ("evaluations", "forward_equivalents", "seconds", "target", "steps", "handover")
 _WORDS = {"None": None, "True": True, "False": False, "true": True, "false": False}
 _TOKEN = re.compile(
     r"""\s*(?:
         (?P<number>[+-]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf\b|nan\b))
       | (?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[.:][A-Za-z_][A-Za-z0-9_]*)*)
       | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
-      | (?P<mark>[()=,>\[\]])
+      | (?P<mark>[()=,>|&%:{}\[\]])
     )""",
     re.VERBOSE | re.DOTALL,
 )
@@ -32,8 +36,9 @@ def method(spec: str | type | Method, **options: Any) -> Method:
 
     Args:
         spec: a registered name (`"slsqp"`, `"scipy.slsqp"`); the place of a class (`"package.module:Class"`); text
-            with options and chains (`"dual_annealing(evaluations=500) > slsqp(ftol=1e-12)"`); a `Method` class; a
-            `torch.optim.Optimizer` class; or a method whose options are to be changed.
+            with options, chains, switch rules and compositions (`"dual_annealing(evaluations=20%) > adam(lr=0.01)
+            until plateau(50) > slsqp"`, `"restart(slsqp, sigma=1)"`); a `Method` class; a `torch.optim.Optimizer`
+            class; or a method whose options are to be changed.
         **options: its options, for anything but text that has some. A stage's limits (evaluations,
             forward_equivalents, seconds, target, steps) are among them.
 
@@ -94,6 +99,16 @@ def _call(make: Any, name: str, options: Mapping[str, Any]) -> Method:
     return make(**options)
 
 
+def _compose(name: str, inside: Sequence[Any], options: Mapping[str, Any]) -> Method:
+    """A composition of one method."""
+    make = composition(name)
+    if len(inside) != 1:
+        raise MethodError(f"{name}: expected one method inside, got {len(inside)}")
+    _check_options(make, name, options)
+    made: Method = make(*inside, **options)
+    return made
+
+
 def _check_options(cls: Any, name: str, options: Mapping[str, Any]) -> None:
     """Only a dataclass tells its options; other methods check their own."""
     if dataclasses.is_dataclass(cls):
@@ -103,17 +118,18 @@ def _check_options(cls: Any, name: str, options: Mapping[str, Any]) -> None:
                 raise MethodError(f"{name}: unknown option {option!r}{nearest(option, {*known, *LIMITS})}")
 
 
-def print_call(label: str, options: Mapping[str, Any]) -> str:
-    """`label(a=1, b=word)`, or the label alone without options."""
-    if not options:
-        return label
-    return f"{label}({', '.join(f'{k}={print_value(v)}' for k, v in options.items())})"
+def print_call(label: str, options: Mapping[str, Any], *inside: Any) -> str:
+    """`label(inside, a=1, b=word)`, or the label alone without any of these."""
+    parts = [*map(str, inside), *(f"{k}={print_value(v)}" for k, v in options.items())]
+    return f"{label}({', '.join(parts)})" if parts else label
 
 
 def print_value(value: Any) -> str:
     """A value as the parser reads it back: None, a bool, number, string, or a tuple or list of such."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, Method):
+        return str(value)
     if isinstance(value, str):
         plain = (
             re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value)
@@ -130,7 +146,11 @@ def print_value(value: Any) -> str:
 
 
 class _Parser:
-    """Recursive descent: chain = stage (">" stage)*; stage = "(" chain ")" limits? | name arguments?."""
+    """Recursive descent.
+
+    chain = stage (">" stage)*; stage = ("(" chain ")" limits? | name arguments?) ("until" rule)?;
+    rule = all ("|" all)*; all = one ("&" one)*; one = "(" rule ")" | name arguments?.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -180,6 +200,15 @@ class _Parser:
         return made
 
     def stage(self) -> Method:
+        made = self.one_method()
+        if self.kind == "name" and self.token == "until":
+            at = self.start
+            self.advance()
+            rule = self.rule()
+            return self.checked(at, lambda: made.until(rule))
+        return made
+
+    def one_method(self) -> Method:
         if self.take("("):
             inner = self.chain()
             self.need(")", "to close the group")
@@ -189,22 +218,99 @@ class _Parser:
             raise self.error("expected a method's name")
         name, at = self.token, self.start
         self.advance()
+        if name in COMPOSED:
+            return self.composed(name, at)
         options, _ = self.arguments()
         return self.checked(at, lambda: build(name, options))
 
-    def checked(self, at: int, make: Any) -> Method:
+    def composed(self, name: str, at: int) -> Method:
+        """A composition: methods, then options, in parentheses."""
+        self.need("(", f"and a method after {name!r}")
+        inside: list[Any] = []
+        parts: dict[str, Method] = {}
+        while not (self.kind == "mark" and self.token == ")") and not self.before_equals():
+            if name == "split":
+                self.part(parts)
+            else:
+                inside.append(self.chain())
+            if not (self.kind == "mark" and self.token == ")"):
+                self.need(",", "or ')' after a method")
+        options = self.rest_of_arguments(None)
+
+        def make() -> Method:
+            limits, rest = _split(options)
+            given: dict[str, list[Any]] = {"split": [parts], "race": [tuple(inside)]}
+            made = _compose(name, given.get(name, inside), rest)
+            return made.limit(**limits) if limits else made
+
+        return self.checked(at, make)
+
+    def part(self, parts: dict[str, Method]) -> None:
+        """A pattern in quotes, a colon, and the method of the weights it matches."""
+        if self.kind != "string":
+            raise self.error('expected a pattern in quotes and a method, such as "gate.*": adam')
+        at = self.start
+        pattern = self.value()
+        if pattern in parts:
+            self.start = at
+            raise self.error(f"the pattern {pattern!r} is given twice")
+        self.need(":", f"and a method after {pattern!r}")
+        parts[pattern] = self.chain()
+
+    def before_equals(self) -> bool:
+        """Whether an option begins here: a name and "="."""
+        return self.kind == "name" and re.match(r"\s*=", self.text[self.at :]) is not None
+
+    def rule(self) -> Any:
+        made = self.all_of()
+        while self.take("|"):
+            made = made | self.all_of()
+        return made
+
+    def all_of(self) -> Any:
+        made = self.one_rule()
+        while self.take("&"):
+            at = self.start
+            other = self.one_rule()
+            made = self.checked(at, functools.partial(operator.and_, made, other))
+        return made
+
+    def one_rule(self) -> Any:
+        if self.take("("):
+            made = self.rule()
+            self.need(")", "to close the group of rules")
+            return made
+        if self.kind != "name":
+            raise self.error("expected a switch rule")
+        name, at = self.token, self.start
+        rules = composition("rules")
+        if name not in rules:
+            raise self.error(f"unknown switch rule {name!r}{nearest(name, rules)}")
+        self.advance()
+        values, options = [], {}
+        if self.take("("):
+            while not (self.kind == "mark" and self.token == ")") and not self.before_equals():
+                values.append(self.value())
+                if not (self.kind == "mark" and self.token == ")"):
+                    self.need(",", "or ')' after a value")
+            options = self.rest_of_arguments(None)
+        return self.checked(at, lambda: rules[name](*values, **options))
+
+    def checked(self, at: int, make: Callable[[], _T]) -> _T:
         try:
-            made: Method = make()
+            made = make()
         except (MethodError, BudgetError, TypeError, ValueError) as error:
             self.start = at
             raise self.error(str(error).removeprefix("method: ")) from error
         return made
 
     def arguments(self, allowed: Sequence[str] | None = None) -> tuple[dict[str, Any], int]:
-        found: dict[str, Any] = {}
         at = self.start
-        if not self.take("("):
-            return found, at
+        return (self.rest_of_arguments(allowed) if self.take("(") else {}), at
+
+    def rest_of_arguments(self, allowed: Sequence[str] | None) -> dict[str, Any]:
+        """Options up to the closing parenthesis."""
+        found: dict[str, Any] = {}
         while not self.take(")"):
             if self.kind != "name":
                 raise self.error("expected an option's name or ')'")
@@ -218,13 +324,15 @@ class _Parser:
             found[name] = self.value()
             if not (self.kind == "mark" and self.token == ")"):
                 self.need(",", "or ')' after a value")
-        return found, at
+        return found
 
     def value(self) -> Any:
-        kind, token = self.kind, self.token
+        kind, token, start = self.kind, self.token, self.start
         if kind == "number":
             self.advance()
             plain = token.replace("_", "")
+            if self.take("%"):
+                return self.checked(start, lambda: Share(float(plain)))
             return int(plain) if re.fullmatch(r"[+-]?[0-9]+", plain) else float(plain)
         if kind == "string":
             try:

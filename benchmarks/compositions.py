@@ -1,0 +1,180 @@
+"""Do compositions reach what their parts do not, does handing over help, and what does a chain cost?
+
+Usage: `OMP_NUM_THREADS=1 python benchmarks/compositions.py [--seeds 15] [--workers 2] [--only identity] [--write]`;
+`--write` stores the outcome in results/.
+
+`identity`: the seed comparison's problem from starts 0.1 · randn, one a seed: annealing (700 evaluations), then Adam,
+then SLSQP within 1500 forward-equivalents; Adam and CMA-ES by turns within 20 000. Goal: each ends ≤ 0.783055 for
+every seed.
+
+`handover`: forward-equivalents until the target, with all that a stage takes from its predecessor and with the point
+alone (`handover=point`), the same seeds; a run that does not arrive counts as its whole budget. Shown are medians, how
+many arrived, and in how many pairs handing over was faster or slower.
+
+`overhead`: µs per step of a method alone and as the one stage of a chain, interleaved, on a loss that costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import interleaved, record, summary
+from torch import Tensor
+
+import hybridopt
+from hybridopt import Budget, problems
+
+IDENTITY = {
+    "dual_annealing(evaluations=700, gradients=none) > adam(lr=0.01, steps=50) > slsqp": "1500fe",
+    "cycle(adam(lr=0.03) until plateau(60) > cmaes(sigma=0.05, evaluations=400))": "20000fe",
+}
+GOAL = 0.783055
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    """Minimum 0."""
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def rastrigin(x: Tensor) -> Tensor:
+    """Minimum 0."""
+    return (x**2 - 10 * torch.cos(2 * torch.pi * x) + 10).sum()
+
+
+# name: (loss or problem, n, budget, target, chain with {} where the receiving stage's option goes)
+HANDOVER: dict[str, tuple[Any, int, str, float, str]] = {
+    "Rosenbrock-20, SLSQP to CMA-ES": (
+        rosenbrock,
+        20,
+        "40000fe",
+        1e-8,
+        "slsqp(evaluations=60) > cmaes(sigma=0.1{})",
+    ),
+    "Rosenbrock-20, Adam to CMA-ES": (
+        rosenbrock,
+        20,
+        "60000fe",
+        1e-8,
+        "adam(lr=0.02, steps=300) > cmaes(sigma=0.1{})",
+    ),
+    "Rosenbrock-20, L-BFGS to CMA-ES": (
+        rosenbrock,
+        20,
+        "40000fe",
+        1e-8,
+        "lbfgs(evaluations=60) > cmaes(sigma=0.1{})",
+    ),
+    "Rosenbrock-20, CMA-ES to Adam": (rosenbrock, 20, "60000fe", 1e-2, "cmaes(evaluations=3000) > adam{}"),
+    "Rastrigin-10, DE to CMA-ES": (rastrigin, 10, "40000fe", 1e-6, "de(evaluations=8000) > cmaes{}"),
+    "Rastrigin-10, PSO to DE": (rastrigin, 10, "60000fe", 1e-6, "pso(evaluations=4000) > de{}"),
+    "digits MLP, CMA-ES to Adam": ("digits_mlp", 0, "4000fe", 0.3, "snes(evaluations=500) > adam{}"),
+}
+
+
+def start_of_identity(seed: int) -> Any:
+    """The problem with its weights at 0.1 · randn."""
+    problem = problems.get("identity")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in problem.target.parameters():
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return problem
+
+
+def identity(text: str, budget: str, seed: int) -> tuple[float, float]:
+    """Final loss and forward-equivalents spent."""
+    problem = start_of_identity(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        r = hybridopt.minimize(
+            problem.loss, problem.target, text, budget=budget, bounds=problem.bounds, seed=seed
+        )
+    return r.best_loss, r.forward_equivalents
+
+
+def handed(name: str, option: str, seed: int) -> tuple[float, bool]:
+    """Forward-equivalents until the target, and whether it was reached."""
+    loss, n, budget, target, chain = HANDOVER[name]
+    first, _, last = chain.partition("{}")
+    text = (
+        first + (f", {option}" if "(" in first.rpartition(">")[2] else f"({option})" if option else "") + last
+    )
+    text = text.replace(", )", ")").replace("()", "")
+    limits = Budget(**(vars(Budget.parse(budget)) | {"target": target}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(loss, str):
+            problem = problems.get(loss, seed)
+            r = hybridopt.minimize(
+                problem.loss, problem.target, text, budget=limits, select=problem.select, seed=seed,
+                surrogate=problem.surrogate,
+            )  # fmt: skip
+        else:
+            x = torch.from_numpy(np.random.default_rng(seed).uniform(-2, 2, n))
+            r = hybridopt.minimize(loss, x, text, budget=limits, bounds=(-5, 5), seed=seed)
+    return r.forward_equivalents, r.best_loss <= target
+
+
+def overhead() -> dict[str, list[float]]:
+    """µs per step of 1000 steps of random search (popsize 1), alone and inside a chain."""
+
+    def walk(text: str) -> None:
+        hybridopt.minimize(lambda x: 1.0, np.zeros(2), text, budget=1000, seed=0, bounds=(-1, 1))
+
+    one = "random_search(popsize=1)"
+    tasks = {"alone": partial(walk, one), "in a chain": partial(walk, f"({one})(steps=100000)")}
+    return interleaved(tasks, rounds=15, per=1000)
+
+
+def main() -> None:
+    """Run what was asked for and print it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", choices=("identity", "handover", "overhead"))
+    parser.add_argument("--write", action="store_true")
+    asked = parser.parse_args()
+    content: dict[str, Any] = {"seeds": asked.seeds}
+    seeds = range(asked.seeds)
+    with ProcessPoolExecutor(asked.workers) as pool:
+        if asked.only in (None, "identity"):
+            for text, budget in IDENTITY.items():
+                runs = list(pool.map(partial(identity, text, budget), seeds))
+                reached = sum(loss <= GOAL for loss, _ in runs)
+                print(f"{text}, {budget}: {reached}/{len(runs)} ≤ {GOAL}, worst {max(loss for loss, _ in runs):.7f}, "
+                      f"median {statistics.median(cost for _, cost in runs):g} fe")  # fmt: skip
+                content[text] = {"reached": reached, "runs": runs}
+        if asked.only in (None, "handover"):
+            for name in HANDOVER:
+                both = {
+                    option: list(pool.map(partial(handed, name, option), seeds))
+                    for option in ("", "handover=point")
+                }
+                on, off = both[""], both["handover=point"]
+                faster = sum(a[0] < b[0] for a, b in zip(on, off, strict=True))
+                slower = sum(a[0] > b[0] for a, b in zip(on, off, strict=True))
+                for way, runs in (("all", on), ("point", off)):
+                    print(f"{name}, {way}: {statistics.median(c for c, _ in runs):g} fe, "
+                          f"{sum(r for _, r in runs)}/{len(runs)} arrived")  # fmt: skip
+                print(f"{name}: with all faster {faster}, slower {slower}", flush=True)
+                content[name] = {"all": on, "point": off}
+    if asked.only in (None, "overhead"):
+        found = overhead()
+        more = summary([b - a for a, b in zip(found["alone"], found["in a chain"], strict=True)])
+        print(f"a chain's own time: {more['median']:.2f} µs a step ({more['min']:.2f} to {more['max']:.2f})")
+        content["overhead"] = {**{k: summary(v) for k, v in found.items()}, "difference": more}
+    if asked.write:
+        print(record("compositions", content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A method begun again and again: from a perturbed best point, from random points, with a growing population."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from hybridopt.compose._sequence import Sequence
+from hybridopt.compose.stage import Stage, gather
+from hybridopt.errors import MethodError
+from hybridopt.optimizer import FloatArray, HandOver, Method
+from hybridopt.start import Start
+from hybridopt.text import print_call
+from hybridopt.vector import ParameterVector
+
+
+@dataclass(frozen=True)
+class Restart(Sequence):
+    """Begin a method again each time it ends, somewhere else: `restart(slsqp)` is basin hopping with SLSQP.
+
+    Args:
+        method: what runs; a stage's limits and rule end it, else its own word does.
+        begin_at: where it begins again. `"perturb"` (default): at the best point so far plus a normal step of standard
+            deviation `sigma` in each coordinate (mirrored at the bounds). `"uniform"`: anywhere in the box (weights
+            without bounds: normal about the first start). `"best"`: at the best point. `"start"`: where the first
+            one began, with another seed.
+        sigma: in solver coordinates; None (default) = 0.3 × the range of a bounded weight, 0.5 of others.
+        grow: name of an option of the method, a number, that is multiplied by `factor` at each restart
+            (`grow=popsize` for CMA-ES is IPOP, Auger & Hansen 2005); None (default) = none.
+        factor: see `grow`; default 2. Whole numbers stay whole.
+        restarts: how many after the first run; None (default) = as long as the budget lasts.
+
+    Only the point is handed over, and to `begin_at=best` whatever else the method takes.
+
+    Example:
+        >>> import numpy as np, hybridopt
+        >>> def loss(x):                                 # many local minima, the lowest is 0 at the origin
+        ...     return float((x**2 - 10 * np.cos(2 * np.pi * x) + 10).sum())
+        >>> r = hybridopt.minimize(loss, np.full(2, 2.2), "restart(slsqp, sigma=1)", budget=3000, seed=0)
+        >>> round(r.best_loss, 6)
+        0.0
+    """
+
+    name: ClassVar[str] = "restart"
+
+    method: Method
+    begin_at: Literal["perturb", "uniform", "best", "start"] = "perturb"
+    sigma: float | None = None
+    grow: str | None = None
+    factor: float = 2.0
+    restarts: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise MethodError(f"restart: expected a method, got {self.method!r}")
+        if self.begin_at not in ("perturb", "uniform", "best", "start"):
+            raise MethodError(
+                f"restart: expected begin_at to be perturb, uniform, best or start, got {self.begin_at!r}"
+            )
+        if self.sigma is not None and not 0 < self.sigma < np.inf:
+            raise MethodError(f"restart: expected a positive finite sigma, got {self.sigma!r}")
+        whole = isinstance(self.restarts, int) and not isinstance(self.restarts, bool)
+        if self.restarts is not None and not (whole and self.restarts >= 0):
+            raise MethodError(f"restart: expected restarts >= 0 or None, got {self.restarts!r}")
+        if not 0 < self.factor < np.inf:
+            raise MethodError(f"restart: expected a positive finite factor, got {self.factor!r}")
+        self.stage(1)  # an option that cannot grow is refused here
+        gather(self, (self.method,))
+
+    @property
+    def endless(self) -> bool:  # type: ignore[override]
+        """Whether no number of restarts was given."""
+        return self.restarts is None
+
+    def stage(self, index: int) -> Stage | None:
+        """See `Sequence.stage`."""
+        if self.restarts is not None and index > self.restarts:
+            return None
+        given = self.method if isinstance(self.method, Stage) else Stage(self.method)
+        if self.grow is None or index == 0:
+            return given
+        return dataclasses.replace(given, method=self._grown(given.method, self.grow, index))
+
+    def _grown(self, method: Method, option: str, index: int) -> Method:
+        """The method with its option multiplied `index` times."""
+        value = (
+            getattr(method, option, None)
+            if dataclasses.is_dataclass(method)
+            else method.options().get(option)
+        )
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise MethodError(
+                f"restart: expected grow to name an option of {method.label} that is a number, "
+                f"{option!r} is {value!r}; give it one, e.g. {method.label}({option}=10)"
+            )
+        grown = value * self.factor**index
+        from hybridopt.text import method as changed
+
+        return changed(method, **{option: round(grown) if isinstance(value, int) else grown})
+
+    def begin(
+        self, index: int, best: HandOver, origin: FloatArray, vector: ParameterVector, seed: int
+    ) -> HandOver:
+        """See `Sequence.begin`."""
+        if self.begin_at == "best":
+            return best
+        if self.begin_at == "start":
+            return HandOver(origin)
+        from hybridopt.population._common import mirror, spread  # its package imports SciPy
+
+        start = Start.at(vector, seed, HandOver(origin if self.begin_at == "uniform" else best.x))
+        rng = np.random.default_rng(seed)
+        steps = spread(start, self.sigma) * rng.standard_normal(start.n)
+        x = mirror(start, start.x0 + steps)
+        if self.begin_at == "uniform":
+            boxed = np.isfinite(start.lower) & np.isfinite(start.upper)
+            with np.errstate(invalid="ignore"):
+                drawn = start.lower + rng.random(start.n) * (start.upper - start.lower)
+            x = np.where(boxed, drawn, x)
+        return HandOver(start.clip(x))
+
+    def call(self, limits: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """See `Method.call`."""
+        options = self.options()
+        del options["method"]
+        return print_call(self.name, {**options, **limits}, self.method)

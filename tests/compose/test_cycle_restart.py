@@ -1,0 +1,197 @@
+"""Stages that come round again, and methods that begin again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import hybridopt
+from hybridopt import Cycle, Reason, Restart, method
+from hybridopt.errors import MethodError
+from hybridopt.randomness import derive_seed
+from hybridopt.testing import OptimizerContract
+from tests.driving import BOX, Recorded, rosenbrock, start, whole
+
+
+class TestCycle(OptimizerContract):
+    method = hybridopt.method("cycle(adam(lr=0.05, steps=7) > cmaes(evaluations=17))")
+    random = True
+
+
+class TestRestart(OptimizerContract):
+    method = hybridopt.method("restart(slsqp(evaluations=15), sigma=0.2)")
+    random = True
+
+
+class TestRestartUniform(OptimizerContract):
+    method = hybridopt.method(
+        "restart(cmaes(popsize=5, evaluations=23), begin_at=uniform, grow=popsize) > slsqp"
+    )
+    random = True
+    bounds = BOX
+
+
+def run(text: Any, budget: Any = 300, **options: Any) -> tuple[Any, Recorded]:
+    made, loss = start(method(text), budget, **options)
+    with made:
+        for _ in made:
+            pass
+    return made.result(), loss
+
+
+# -- laws --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["slsqp", "adam(lr=0.1)", "cmaes(evaluations=40)", "dual_annealing"])
+def test_one_round_is_the_chain_and_no_restart_is_the_method(text: str) -> None:
+    alone = whole(method(text), 80)
+    assert whole(Cycle(method(text), rounds=1), 80) == alone
+    assert whole(Restart(method(text), restarts=0), 80) == alone
+    assert whole(method(f"restart({text})"), 80)[: len(alone)] == alone
+
+
+def test_rounds_are_the_chain_written_out() -> None:
+    parts = "adam(lr=0.1, steps=5) > cmaes(evaluations=14)"
+    assert whole(method(f"cycle({parts}, rounds=3)"), 200) == whole(method(" > ".join([parts] * 3)), 200)
+
+
+def test_restart_from_the_best_is_a_cycle() -> None:
+    one = "cmaes(evaluations=25)"
+    assert whole(method(f"restart({one}, begin_at=best)"), 120) == whole(method(f"cycle({one})"), 120)
+
+
+# -- how they end ------------------------------------------------------------------------------------------------
+
+
+def test_rounds_and_restarts_are_counted() -> None:
+    result, _ = run("cycle(adam(steps=3) > cmaes(evaluations=9), rounds=4)")
+    assert [s.spent["evaluations"] for s in result.stages] == [3, 9] * 4
+    result, _ = run("restart(adam(steps=3), restarts=4)")
+    assert [s.spent["evaluations"] for s in result.stages] == [3] * 5
+    assert result.reason is Reason.STEPS
+
+
+def test_an_endless_one_lasts_as_long_as_the_budget() -> None:
+    for text in ("cycle(adam(steps=3) > slsqp(evaluations=4))", "restart(slsqp, sigma=0.5)"):
+        result, loss = run(text, 137)
+        assert len(loss.path) == result.evaluations
+        assert result.reason is Reason.EVALUATIONS
+        assert result.evaluations == 137
+
+
+def test_a_cycle_of_stages_that_do_nothing_ends() -> None:
+    """Neither can afford a step: it would go round for ever."""
+    result, _ = run(
+        "cycle(adam(forward_equivalents=2) > torch.sgd(forward_equivalents=1)) > cmaes(evaluations=6)"
+    )
+    assert result.evaluations == 6
+    assert result.stages[0].reason is Reason.STALLED
+    assert "no stage evaluates anything any more" in result.stages[0].message
+
+
+# -- where they begin --------------------------------------------------------------------------------------------
+
+
+def begins(text: str, **options: Any) -> tuple[np.ndarray, Any]:
+    """Where each stage of 4 evaluations began (SGD evaluates its start), and the seeds."""
+    _, loss = run(text, 80, **options)
+    points = np.array([np.frombuffer(e.x) for e in loss.path])
+    return points[::4], loss
+
+
+def test_perturbed_starts() -> None:
+    found, loss = begins("restart(torch.sgd(lr=0.0, steps=4), sigma=0.1)", bounds=None)
+    losses = [float.fromhex(e.loss) for e in loss.path]
+    for i in range(1, len(found)):
+        best = np.frombuffer(loss.path[int(np.argmin(losses[: 4 * i]))].x)
+        assert 0 < np.linalg.norm(found[i] - best) < 0.1 * 3 * np.sqrt(3)
+    assert len({tuple(x) for x in found}) == len(found)
+    again, _ = begins("restart(torch.sgd(lr=0.0, steps=4), sigma=0.1)", bounds=None)
+    assert np.array_equal(found, again)
+
+
+def test_starts_from_the_box() -> None:
+    found, _ = begins("restart(torch.sgd(lr=0.0, steps=4), begin_at=uniform)", bounds=(-2.0, 2.0))
+    assert (np.abs(found) <= 2).all()
+    assert found[1:].std(axis=0).min() > 0.6  # 4 / sqrt(12) = 1.15 for uniform numbers
+    wide, _ = begins("restart(torch.sgd(lr=0.0, steps=4), begin_at=uniform, sigma=9)", bounds=None)
+    assert wide[1:].std(axis=0).min() > 4
+
+
+def test_perturbed_starts_stay_in_the_box() -> None:
+    found, _ = begins("restart(torch.sgd(lr=0.0, steps=4), sigma=3)", bounds=(-2.0, 2.0))
+    assert (np.abs(found) <= 2).all()
+    assert (np.abs(found) < 2).any(axis=1).all()  # mirrored, not clipped to a corner
+
+
+def test_starts_anew_with_another_seed() -> None:
+    text = "restart(cmaes(popsize=4, evaluations=8), begin_at=start)"
+    run_, _ = start(method(text), 40, seed=5)
+    seen: dict[int, Any] = {}
+    with run_:
+        for _ in run_:
+            state = run_.optimizer.state_dict()
+            seen[state["index"]] = (state["child"]["start"]["seed"], state["child"]["start"]["x0"].tolist())
+    assert [seed for seed, _ in seen.values()][:3] == [5, derive_seed(5, 1), derive_seed(5, 2)]
+    assert all(x == [-1.2, 1.0, 0.3] for _, x in seen.values())
+
+
+def test_growing_options() -> None:
+    result, _ = run("restart(cmaes(popsize=5, steps=2), grow=popsize, factor=1.5, restarts=3)")
+    assert [s.spent["evaluations"] for s in result.stages] == [10, 16, 22, 34]
+    assert [s.method for s in result.stages][1] == "cmaes(popsize=8, steps=2)"
+    result, _ = run("restart(torch.sgd(lr=0.01, steps=2), grow=lr, factor=0.5, restarts=2)")
+    assert [s.method for s in result.stages][2] == "torch.sgd(lr=0.0025, steps=2)"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("restart(slsqp, grow=popsize)", "expected grow to name an option of scipy.slsqp that is a number"),
+        ("restart(cmaes, grow=popsize)", r"'popsize' is None; give it one, e\.g\. cmaes\(popsize=10\)"),
+        ("restart(slsqp, sigma=0)", "expected a positive finite sigma, got 0"),
+        ("restart(slsqp, restarts=-1)", "expected restarts >= 0 or None, got -1"),
+        (
+            "restart(slsqp, begin_at=there)",
+            "expected begin_at to be perturb, uniform, best or start, got 'there'",
+        ),
+        ("cycle(slsqp, rounds=0)", "expected rounds >= 1 or None, got 0"),
+        ("cycle(slsqp, round=2)", "cycle: unknown option 'round'; nearest: rounds"),
+        ("cycle()", r"cycle: expected one method inside, got 0"),
+        ("restart(slsqp, adam)", r"restart: expected one method inside, got 2"),
+    ],
+)
+def test_errors(text: str, message: str) -> None:
+    with pytest.raises(MethodError, match=f"(?s){message}.*at character 1:"):
+        method(text)
+
+
+# -- what they are for -------------------------------------------------------------------------------------------
+
+
+def test_basin_hopping_finds_what_one_descent_does_not() -> None:
+    def rastrigin(x: Tensor) -> Tensor:
+        return (x**2 - 10 * torch.cos(2 * torch.pi * x) + 10).sum()
+
+    found = {"slsqp": 0, "restart(slsqp, sigma=1)": 0}
+    for text in found:
+        for seed in range(5):
+            x = torch.tensor([2.2, -3.1], dtype=torch.float64)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found[text] += hybridopt.minimize(rastrigin, x, text, budget=2000, seed=seed).best_loss < 1e-6
+    assert found["slsqp"] == 0
+    assert found["restart(slsqp, sigma=1)"] == 5
+
+
+def test_a_cycle_improves_on_its_parts() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return rosenbrock(x)
+
+    result, _ = run("cycle(adam(lr=0.05, steps=40) > slsqp(evaluations=30))", 600, loss=Recorded(loss))
+    assert result.best_loss < 1e-8
