@@ -1,0 +1,122 @@
+"""`auto`: the method for those who do not want to choose one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from hybridopt.errors import MethodError
+from hybridopt.objective import Objective
+from hybridopt.optimizer import HandOver, Method, Need, Optimizer
+from hybridopt.text import method
+from hybridopt.vector import ParameterVector
+
+DENSE = 300  # weights up to which methods of n² memory are used
+MANY = 20_000  # weights from which a quasi-Newton method's own vectors are too dear
+
+
+@dataclass(frozen=True)
+class Auto(Method):
+    """Chooses methods by what is known of the problem, and runs them in turn under shares of the budget.
+
+    What it looks at: the number of weights, bounds, constraints, whether the loss is a sum of known residuals, whether
+    autograd could see the weights, and how many evaluations the budget gives each weight. What it cannot know before
+    is found out on the way: SLSQP and L-BFGS-B test the gradient at their start and use differences where it is wrong.
+    What it chose and why is in `Result.notes`, and `Result.stages` shows what each part did.
+
+    - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
+    - constraints: SLSQP begun again;
+    - gradients: SLSQP (L-BFGS-B above 300 weights) begun again; with a box a quarter of the budget is CMA-ES's;
+      above 20 000 weights Adam;
+    - values alone: SLSQP with differences from random points of the box; line searches along the coordinates, for
+      losses that are nearly sums of functions of one weight; then CMA-ES with restarts. Above 300 weights CMA-ES with a
+      diagonal or a limited memory.
+
+    `auto` is a whole run's method: what it chooses from is known only where the loss is, so it cannot be a part of
+    another method. Shares were set on the 24 BBOB functions, `benchmarks/answer_quality.py`.
+
+    Example:
+        >>> import numpy as np, hybridopt
+        >>> def loss(x):
+        ...     return float((x**2 - 10 * np.cos(2 * np.pi * x) + 10).sum())
+        >>> r = hybridopt.minimize(loss, np.full(2, 3.2), "auto", budget=2000, bounds=(-5, 5), seed=0)
+        >>> r.best_loss < 1e-6, r.notes[-1][:36]
+        (True, 'auto chose scipy.slsqp from random p')
+    """
+
+    name: ClassVar[str] = "auto"
+    uses: ClassVar[frozenset[Need]] = frozenset(
+        {Need.BOUNDS, Need.GRADIENT, Need.POPULATION, Need.CONSTRAINTS, Need.RESIDUALS}
+    )
+
+    def fitted(self, objective: Objective) -> tuple[Method, list[str]]:
+        """See `Method.fitted`: the methods chosen, and the line that says so."""
+        text, why = choose(objective)
+        return method(text), [f"auto chose {why}: {text}"]
+
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """It cannot: see `fitted`."""
+        raise MethodError(
+            "auto: expected to be the whole method of a run, which tells it of the loss; as a part of another method "
+            "name what should run, e.g. what its note says it chose"
+        )
+
+
+def choose(objective: Objective) -> tuple[str, str]:
+    """The methods for an objective as text, and why."""
+    vector = objective.vector
+    n, boxed = vector.n, _boxed(vector)
+    again = "begin_at=uniform" if boxed else "begin_at=perturb"
+    places = "random points" if boxed else "perturbed best points"
+    if objective.residuals is not None:
+        return "restart(least_squares)", "least squares, since the residuals are known"
+    if objective.constraints is not None:
+        return f"restart(slsqp, {again})", f"scipy.slsqp from {places}, since it keeps constraints"
+    if objective.differentiable:
+        if n > MANY:
+            return "adam", f"adam, since {n} weights have gradients"
+        local = "slsqp" if n <= DENSE else "lbfgsb"
+        if not boxed or n > DENSE:
+            return (
+                f"restart({local})",
+                f"scipy.{local} from perturbed best points, since there may be gradients",
+            )
+        return (
+            f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local}, evaluations=25%) > "
+            "cmaes(restarts=bipop)",
+            f"scipy.{local} from random points, then from perturbed best ones, then cmaes, since there may be "
+            f"gradients and {n} weights have a box",
+        )
+    if n > DENSE:
+        covariance = "separable" if n <= MANY else "limited"
+        return f"cmaes(covariance={covariance})", f"cmaes of O(n) memory, since {n} weights have no gradients"
+    if not boxed:
+        return (
+            "restart(slsqp, evaluations=30%) > cmaes(restarts=bipop)",
+            "scipy.slsqp with differences, then cmaes, since there are no gradients and no box",
+        )
+    each = _each(objective) / n
+    if each < 100:
+        return (
+            "restart(slsqp, begin_at=uniform)",
+            f"scipy.slsqp from random points, since {each:.0f} evaluations a weight are few",
+        )
+    first, lines = (25, 15) if each >= 500 else (55, 20)
+    return (
+        f"restart(slsqp, begin_at=uniform, evaluations={first}%) > coordinate_search(evaluations={lines}%) > "
+        "cmaes(restarts=bipop)",
+        "scipy.slsqp from random points, coordinate_search, then cmaes, since there are no gradients",
+    )
+
+
+def _each(objective: Objective) -> float:
+    """Evaluations that the budget allows; inf where only time limits it."""
+    ledger = objective.ledger
+    return min(ledger.max_evaluations, ledger.max_equivalents) if ledger.budget.limits else math.inf
+
+
+def _boxed(vector: ParameterVector) -> bool:
+    return bool(np.isfinite(vector.lower).all() and np.isfinite(vector.upper).all())

@@ -1,0 +1,122 @@
+"""`auto`: what it chooses, that it says so, and that a run of it is a run like any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import hybridopt
+from hybridopt import Objective, Run, method, problems
+from hybridopt.errors import MethodError
+from hybridopt.presets import choose
+from tests.driving import BOX, Recorded, rosenbrock
+
+
+def values(x: np.ndarray) -> float:
+    return float((x**2).sum())
+
+
+def gradients(x: Tensor) -> Tensor:
+    return (x**2).sum()
+
+
+@pytest.mark.parametrize(
+    "loss, n, bounds, budget, first, why",
+    [
+        (gradients, 3, None, 500, "restart(slsqp)", "there may be gradients"),
+        (gradients, 3, BOX, 500, "restart(slsqp, begin_at=uniform, evaluations=50%)", "have a box"),
+        (gradients, 400, BOX, 500, "restart(lbfgsb)", "there may be gradients"),
+        (gradients, 30_000, BOX, 500, "adam", "30000 weights have gradients"),
+        (values, 3, BOX, 90, "restart(slsqp, begin_at=uniform)", "30 evaluations a weight are few"),
+        (values, 3, BOX, 900, "restart(slsqp, begin_at=uniform, evaluations=55%)", "no gradients"),
+        (values, 3, BOX, 9000, "restart(slsqp, begin_at=uniform, evaluations=25%)", "no gradients"),
+        (values, 3, BOX, "9s", "restart(slsqp, begin_at=uniform, evaluations=25%)", "no gradients"),
+        (values, 3, None, 900, "restart(slsqp, evaluations=30%)", "no gradients and no box"),
+        (values, 400, BOX, 900, "cmaes(covariance=separable)", "400 weights have no gradients"),
+        (values, 30_000, None, 900, "cmaes(covariance=limited)", "30000 weights have no gradients"),
+    ],
+)
+def test_what_is_chosen(loss: Any, n: int, bounds: Any, budget: Any, first: str, why: str) -> None:
+    x0 = np.zeros(n) if loss is values else torch.zeros(n, dtype=torch.float64)
+    text, reason = choose(Objective(loss, x0, budget, bounds=bounds))
+    assert text.split(" > ")[0] == first
+    assert why in reason
+    method(text).start(Objective(loss, x0, budget, bounds=bounds).vector, 0).close()
+
+
+def test_residuals_and_constraints() -> None:
+    def residuals(x: Tensor) -> Tensor:
+        return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+    x = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    result = hybridopt.minimize(residuals, x, "auto", budget="300fe", seed=0, residuals=True)
+    assert result.best_loss < 1e-15
+    assert "since the residuals are known" in result.notes[-1]
+    x = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    result = hybridopt.minimize(
+        gradients, x, "auto", budget="300fe", seed=0, constraints=lambda x: x.sum() - 1
+    )
+    assert result.best_loss == pytest.approx(0.5, abs=1e-6)
+    assert "since it keeps constraints" in result.notes[-1]
+
+
+def test_it_is_what_it_says_it_chose() -> None:
+    """The same evaluations as the text in the note."""
+
+    def run(text: str) -> tuple[list[Any], tuple[str, ...]]:
+        loss = Recorded()
+        x = torch.tensor([-1.2, 1.0, 0.3], dtype=torch.float64)
+        result = hybridopt.minimize(loss, x, text, budget=200, bounds=BOX, seed=3, batch="loop")
+        return loss.path, result.notes
+
+    path, notes = run("auto")
+    assert len(path) == 200
+    chosen, _ = run(notes[-1].rpartition(": ")[2])
+    assert chosen == path
+    assert method("auto") == method(str(method("auto")))
+
+
+def test_resume_makes_the_same_choice() -> None:
+    def begun() -> tuple[Run, Recorded]:
+        loss = Recorded()
+        x = torch.tensor([-1.2, 1.0, 0.3], dtype=torch.float64)
+        return Run(loss, x, "auto", budget=150, bounds=BOX, seed=3, batch="loop"), loss
+
+    run, whole = begun()
+    with run:
+        for _ in run:
+            pass
+    run, first = begun()
+    for _ in range(40):
+        run.step()
+    state = run.state_dict()
+    run.finish()
+    run, rest = begun()
+    run.load_state_dict(state)
+    with run:
+        for _ in run:
+            pass
+    assert first.path + rest.path == whole.path
+
+
+def test_it_cannot_be_a_part() -> None:
+    with pytest.raises(MethodError, match="expected to be the whole method of a run"):
+        hybridopt.minimize(values, np.zeros(2), "auto(evaluations=50) > slsqp", budget=90, seed=0)
+
+
+def test_identity() -> None:
+    """The seed problem's global minimum from a random start."""
+    problem = problems.get("identity")
+    result = hybridopt.minimize(
+        problem.loss, problem.target, "auto", budget="3000fe", seed=1, bounds=problem.bounds
+    )
+    assert result.best_loss <= 0.783055
+
+
+def test_rosenbrock() -> None:
+    x = torch.tensor([-1.2, 1.0, 0.3, -0.5, 1.5], dtype=torch.float64)
+    assert hybridopt.minimize(rosenbrock, x, "auto", budget="1000fe", seed=0).best_loss < 1e-8
