@@ -1,7 +1,7 @@
 # The two commands of the README, and what continuous integration runs. Each makes its own environment.
 #
 #   make compare        the seed comparison: a table, comparison.png, comparison.json
-#   make test           all tests, the slow ones included
+#   make test           the tests (make test-slow: those that take longer)
 #
 # VENV=path uses (and if need be creates) an environment elsewhere; PYTHON=path chooses the interpreter.
 
@@ -21,10 +21,10 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup compare test lint format notebooks docs-examples wheel clean
+.PHONY: help setup compare test test-slow lint format notebooks docs-examples wheel clean
 
 help:
-	@echo "make compare | test | lint | format | notebooks | docs-examples | wheel | setup | clean"
+	@echo "make compare | test | test-slow | lint | format | notebooks | docs-examples | wheel | setup | clean"
 
 $(BIN)/pip:
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -44,7 +44,10 @@ compare: $(VENV)/.installed
 	$(BIN)/hybridopt compare --plot comparison.png --json comparison.json
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

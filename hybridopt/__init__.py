@@ -1,15 +1,18 @@
 """One harness for gradient and gradient-free optimizers over a PyTorch model's weights."""
 
-from hybridopt import optim
-from hybridopt.compose import Chain, Stage
+from hybridopt import optim, until
+from hybridopt.compose import Chain, Cycle, MultiStart, Race, Restart, Split, Stage
+from hybridopt.constraints import Constraint
 from hybridopt.errors import HybridoptError
 from hybridopt.harness import Run, minimize
-from hybridopt.ledger import Budget, Reason
+from hybridopt.ledger import Budget, Reason, Share
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Method, Optimizer, step
 from hybridopt.result import Result
+from hybridopt.space import Categorical, Float, Int, Space
 from hybridopt.text import method
 from hybridopt.tracker import Tracker
+from hybridopt.tuning import tune
 from hybridopt.vector import ParameterVector
 
 __version__ = "0.1.0"
@@ -17,14 +20,25 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "Chain",
+    "Constraint",
+    "Cycle",
     "HybridoptError",
     "Method",
+    "MultiStart",
     "Objective",
     "Optimizer",
     "ParameterVector",
+    "Race",
     "Reason",
+    "Restart",
     "Result",
+    "Space",
+    "Int",
+    "Float",
+    "Categorical",
     "Run",
+    "Share",
+    "Split",
     "Stage",
     "Tracker",
     "__version__",
@@ -32,4 +46,6 @@ __all__ = [
     "minimize",
     "optim",
     "step",
+    "tune",
+    "until",
 ]

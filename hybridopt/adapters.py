@@ -21,10 +21,16 @@ if TYPE_CHECKING:
         TNC,
         BasinHopping,
         DifferentialEvolution,
+        Dogleg,
         DualAnnealing,
+        LeastSquares,
         NelderMead,
+        NewtonCG,
         Powell,
         TrustConstr,
+        TrustExact,
+        TrustKrylov,
+        TrustNCG,
     )
     from hybridopt_torch import (
         ASGD,
@@ -46,9 +52,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "BFGS", "BasinHopping", "CG",
-    "CMAES", "COBYLA", "COBYQA", "DIRECT", "DifferentialEvolution", "DualAnnealing", "LBFGS", "LBFGSB", "Muon",
-    "NAdam", "NelderMead", "PSO", "Powell", "RAdam", "RMSprop", "Rprop", "SGD", "SHGO", "SLSQP", "SparseAdam",
-    "TNC", "TrustConstr",
+    "CMAES", "COBYLA", "COBYQA", "DIRECT", "DifferentialEvolution", "Dogleg", "DualAnnealing", "LBFGS",
+    "LBFGSB", "LeastSquares", "Muon", "NAdam", "NelderMead", "NewtonCG", "PSO", "Powell", "RAdam", "RMSprop",
+    "Rprop", "SGD", "SHGO", "SLSQP", "SparseAdam", "TNC", "TrustConstr", "TrustExact", "TrustKrylov",
+    "TrustNCG",
 ]  # fmt: skip
 
 # a name with a dot belongs to an outside library

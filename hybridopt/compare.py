@@ -44,7 +44,7 @@ SEED_COMPARISON = (
     Entry("adam", "torch.adam(lr=1.0)", 100),
     Entry("slsqp-fd", "scipy.slsqp(gradients=differences, eps=1e-3, maxiter=100)", _SAFETY),
     Entry("slsqp", "scipy.slsqp(gradients=autograd)", _SAFETY),
-    Entry("pso", "pyswarm.pso(maxiter=100)", _SAFETY),
+    Entry("pso", "pyswarm.pso(maxiter=100, omega=0.5, phip=0.5, phig=0.5)", _SAFETY),
     Entry("cmaes", "cma.cmaes(sigma=0.5, popsize=10, maxiter=100)", _SAFETY),
     Entry("dual_annealing", "scipy.dual_annealing(maxiter=100, initial_temp=1, gradients=none)", _SAFETY),
     Entry(

@@ -18,14 +18,14 @@ import torch
 from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, StateError, Stop
 from hybridopt.ledger import Budget, Reason
 from hybridopt.objective import Objective
-from hybridopt.optimizer import Method, Optimizer, Step, step
-from hybridopt.registry import nearest
+from hybridopt.optimizer import Method, Need, Optimizer, Step, leaves, step
+from hybridopt.registry import methods, nearest
 from hybridopt.result import Result
 from hybridopt.text import method as read_method
 from hybridopt.tracker import RunLog, Tracker
 
 Callback = Callable[["Run", Step], Any]
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Run:
@@ -78,6 +78,7 @@ class Run:
                 if name not in known:
                     raise ObjectiveError(f"minimize: unknown argument {name!r}{nearest(name, known)}")
             self.objective = Objective(loss, target, limits, seed=self.seed, **objective)
+        _require_skills(self.method, self.objective)
         self.label = label or str(self.method)
         self.steps = 0
         self.reason: Reason | None = None
@@ -89,7 +90,8 @@ class Run:
             self.objective.listeners.append(self._log)
         self._result: Result | None = None
         self._ended: tuple[Reason, str] | None = None  # by the method itself, which no larger budget undoes
-        self.optimizer: Optimizer = self.method.start(self.objective.vector, self.seed)
+        fitted, self._chosen = self.method.fitted(self.objective)
+        self.optimizer: Optimizer = fitted.start(self.objective.vector, self.seed)
 
     # -- stepping -----------------------------------------------------------------------------------------------
 
@@ -164,11 +166,12 @@ class Run:
             reason=self.reason,
             message=self.message or self.reason.sentence,
             **ledger.spent(),
+            violation=ledger.best_violation if objective.constraints is not None else 0.0,
             nonfinite=ledger.nonfinite,
             stochastic=objective.stochastic,
             steps=self.steps,
             stages=self.optimizer.reports,
-            notes=(*objective.notes, *self.optimizer.notes),
+            notes=(*objective.notes, *self.optimizer.notes, *self._chosen),
         )
 
     def __enter__(self) -> Run:
@@ -252,8 +255,8 @@ def minimize(
             and at the end, atomically.
         exact: see `Run.load_state_dict`.
         label: the tracker's name for this run; default the method's text.
-        **objective: further arguments of `Objective`: surrogate, nonfinite, keep, noise, batch, backward_cost, select,
-            bounds, scale.
+        **objective: further arguments of `Objective`: residuals, constraints, surrogate, nonfinite, keep, noise, batch,
+            backward_cost, select, bounds, scale, integer, log.
 
     Returns:
         A `Result`. An interrupt (Ctrl-C) ends the run between two steps and returns too; a second one raises at
@@ -275,7 +278,7 @@ def minimize(
         raise StateError(f"checkpoint {file}: expected an existing folder, there is no {str(file.parent)!r}")
     with run, _Interrupt() as interrupt:
         if file is not None and file.exists():
-            state = _load(file)
+            state = load_checkpoint(file)
             if seed is not None and state.get("seed") != seed:
                 raise StateError(
                     f"checkpoint {file}: it was saved with seed {state.get('seed')}, got seed={seed}"
@@ -289,14 +292,14 @@ def minimize(
             if interrupt.seen:
                 run.end()
             if file is not None and time.monotonic() - saved >= checkpoint_seconds:
-                _save(run.state_dict(), file)
+                save_checkpoint(run.state_dict(), file)
                 saved = time.monotonic()
         if file is not None:
-            _save(run.state_dict(), file)
+            save_checkpoint(run.state_dict(), file)
     return run.result()
 
 
-def _load(file: Path) -> dict[str, Any]:
+def load_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint's contents; `StateError` naming the file if it is none."""
     try:
         state = torch.load(file, weights_only=True)
@@ -309,7 +312,7 @@ def _load(file: Path) -> dict[str, Any]:
     return state
 
 
-def _save(state: Mapping[str, Any], file: Path) -> None:
+def save_checkpoint(state: Mapping[str, Any], file: Path) -> None:
     """Write a checkpoint so that the file is always a whole one, the old or the new."""
     scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     torch.save(state, scratch)
@@ -341,6 +344,26 @@ class _Interrupt:
     def __exit__(self, *exc: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
+
+
+def _require_skills(method: Method, objective: Objective) -> None:
+    """Refuse a method that would pass over the constraints, or that needs residuals where there are none.
+
+    Raises:
+        MethodError: names the methods that can keep constraints.
+        ObjectiveError: the loss returns one number.
+    """
+    for part in leaves(method):
+        if objective.constraints is not None and not part.parts and Need.CONSTRAINTS not in part.uses:
+            able = [name for name, cls in methods().items() if Need.CONSTRAINTS in cls.uses]
+            raise MethodError(
+                f"{part.label}: it cannot keep constraints; methods that can: {', '.join(able)}"
+            )
+        if Need.RESIDUALS in part.needs and objective.residuals is None:
+            raise ObjectiveError(
+                f"{part.label}: expected a loss that returns residuals, of which it makes the squares small: pass "
+                "residuals=True and return the residuals themselves"
+            )
 
 
 def _draw_seed() -> int:

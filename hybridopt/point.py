@@ -22,11 +22,11 @@ class Point(NamedTuple):
     """Copies of the module's buffers; empty = they did not move."""
 
     def flat(self, vector: ParameterVector) -> FloatArray:
-        """The weights, shape (n,), float64, as a new array."""
+        """The weights of `vector`, shape (n,), float64, as a new array; the point may be one of its whole."""
         if self.x is not None:
-            return self.x.copy()
+            return vector.from_whole(self.x)
         assert self.tensors is not None
-        return vector.gather(self.tensors)
+        return vector.from_whole(vector.whole.gather(self.tensors))
 
     def put(self, vector: ParameterVector) -> None:
         """Write the weights into the model (not the buffers)."""

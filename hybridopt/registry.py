@@ -39,7 +39,9 @@ BUILTIN: dict[str, str] = {
     "rmsprop": "hybridopt_torch.ours:RMSprop",
     "rprop": "hybridopt_torch.ours:Rprop",
     "sgd": "hybridopt_torch.ours:SGD",
+    "auto": "hybridopt.presets:Auto",
     "cmaes": "hybridopt.population.cmaes:CMAES",
+    "coordinate_search": "hybridopt.population.line:CoordinateSearch",
     "pso": "hybridopt.population.pso:PSO",
     "de": "hybridopt.population.de:DifferentialEvolution",
     "snes": "hybridopt.population.nes:SNES",
@@ -53,6 +55,12 @@ BUILTIN: dict[str, str] = {
     "scipy.basinhopping": "hybridopt_scipy:BasinHopping",
     "scipy.bfgs": "hybridopt_scipy:BFGS",
     "scipy.cg": "hybridopt_scipy:CG",
+    "scipy.least_squares": "hybridopt_scipy:LeastSquares",
+    "scipy.newton_cg": "hybridopt_scipy:NewtonCG",
+    "scipy.trust_ncg": "hybridopt_scipy:TrustNCG",
+    "scipy.trust_krylov": "hybridopt_scipy:TrustKrylov",
+    "scipy.trust_exact": "hybridopt_scipy:TrustExact",
+    "scipy.dogleg": "hybridopt_scipy:Dogleg",
     "scipy.cobyla": "hybridopt_scipy:COBYLA",
     "scipy.cobyqa": "hybridopt_scipy:COBYQA",
     "scipy.differential_evolution": "hybridopt_scipy:DifferentialEvolution",
@@ -85,11 +93,22 @@ BUILTIN: dict[str, str] = {
 # Compositions and bridges that floors below them reach by name, so that nothing imports upwards.
 _COMPOSITIONS: dict[str, str] = {
     "chain": "hybridopt.compose.chain:chain",
-    "stage": "hybridopt.compose.chain:stage",
+    "stage": "hybridopt.compose.stage:stage",
+    "rules": "hybridopt.until:RULES",
+    "cycle": "hybridopt.compose.chain:Cycle",
+    "restart": "hybridopt.compose.restart:Restart",
+    "race": "hybridopt.compose.race:Race",
+    "multistart": "hybridopt.compose.multistart:MultiStart",
+    "split": "hybridopt.compose.split:Split",
     "torch": "hybridopt_torch:method_of",
     "table": "hybridopt.report:table",
     "plot": "hybridopt.report:plot",
+    "trials": "hybridopt.report:trials",
 }
+
+
+COMPOSED = ("cycle", "restart", "split", "race", "multistart")
+"""Compositions that the text form writes as a call with methods inside: `restart(slsqp, sigma=1)`."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -62,6 +62,22 @@ def table(results: Iterable[Mapping[str, Any]], *, width: int | None = None) -> 
     return "\n".join([render(made, width), *lines])
 
 
+def trials(records: Sequence[Mapping[str, Any]], *, width: int | None = None) -> str:
+    """One line a trial of a search for hyperparameters, best first, as text.
+
+    Args:
+        records: dicts with number, state, loss, seconds, and a value for each parameter that counted.
+        width: as in `table`.
+    """
+    names = list(dict.fromkeys(name for r in records for name in r))[4:]
+    made = _table(["trial", "state", "loss", "seconds", *names])
+    order = {"complete": 0, "pruned": 1, "failed": 2}
+    for r in sorted(records, key=lambda r: (order[r["state"]], r["loss"])):
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (r.get(name, "") for name in names)]
+        made.add_row(str(r["number"]), r["state"], _number(r["loss"]), f"{r['seconds']:.3g}", *cells)
+    return render(made, width)
+
+
 def summary(results: Iterable[Mapping[str, Any]], *, width: int | None = None) -> str:
     """One line a method over its seeds, as text: median of the best loss and of the cost, and the spread.
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import hybridopt
 from hybridopt import registry
+from hybridopt.constraints import Constraint
 from hybridopt.errors import ClosedError, MissingGradient, NonFiniteLoss, Stop
 from hybridopt.harness import Run
 from hybridopt.ledger import Budget, Ledger, Reason
 from hybridopt.objective import Objective
-from hybridopt.optimizer import Method, Need, Step, step
+from hybridopt.optimizer import Method, Need, Step, leaves, step
 from hybridopt.result import Result
 from hybridopt.vector import ParameterVector
 
@@ -64,13 +65,18 @@ class Loss:
         function: the loss of the flat weights.
         spoil: what is done to each value before it is returned; called with the value and the number of the call,
             from 1.
+        residuals: whether it returns residuals instead, of `bowl`, `valley` or `flat`.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], spoil: Callable[[Tensor, int], Any] | None = None
+        self,
+        function: Callable[[Tensor], Tensor],
+        spoil: Callable[[Tensor, int], Any] | None = None,
+        residuals: bool = False,
     ) -> None:
-        self.function = function
+        self.function = _RESIDUALS[function] if residuals else function
         self.spoil = spoil
+        self.residuals = residuals
         self.calls = 0
         self.backwards = 0
         self.values: list[float] = []
@@ -82,7 +88,8 @@ class Loss:
         if value.requires_grad:
             value.register_hook(self._count)  # type: ignore[no-untyped-call]
         told = value if self.spoil is None else self.spoil(value, self.calls)
-        self.values.append(told.item() if isinstance(told, Tensor) else float(told))
+        number = 0.5 * (told * told).sum() if self.residuals else told
+        self.values.append(number.item() if isinstance(number, Tensor) else float(number))
         return told
 
     def _count(self, gradient: Tensor) -> None:
@@ -136,8 +143,58 @@ def valley(x: Tensor) -> Tensor:
     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
 
 
+def flat(x: Tensor) -> Tensor:
+    """3 everywhere."""
+    return (x * 0).sum() + 3
+
+
+def _bowl_residuals(x: Tensor) -> Tensor:
+    weights = 1 + torch.arange(len(x), dtype=x.dtype, device=x.device)
+    return (2 * weights).sqrt() * (x - 0.5)
+
+
+def _valley_residuals(x: Tensor) -> Tensor:
+    return math.sqrt(2) * torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+def _flat_residuals(x: Tensor) -> Tensor:
+    return (x * 0).sum() + torch.tensor([1.0, 1.0, 2.0], dtype=x.dtype, device=x.device)
+
+
+# Half their squared norm is the function.
+_RESIDUALS: dict[Any, Callable[[Tensor], Tensor]] = {
+    bowl: _bowl_residuals,
+    valley: _valley_residuals,
+    flat: _flat_residuals,
+}
+
+
 def _batched_valley(model: Model) -> Tensor:
     return valley(model.x())
+
+
+class Disc:
+    """A constraint that counts its calls: the weights lie within a disc of radius 1 around 0."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, model: Model) -> Tensor:
+        """1 - |x|², which must not be negative."""
+        self.calls += 1
+        return 1 - (model.x() ** 2).sum()
+
+    def constraint(self) -> Constraint:
+        """For an objective."""
+        return Constraint(self)
+
+    def recomputed(self, run: Run) -> int:
+        """Calls that were made again because a graph was lost, which costs nothing."""
+        return run.objective.ledger.recomputed
+
+    def inside(self, x: Tensor) -> bool:
+        """Whether a point keeps it, within the tolerance of float64 weights."""
+        return bool((x**2).sum() <= 1 + 1e-6)
 
 
 class OptimizerContract:
@@ -189,7 +246,7 @@ class OptimizerContract:
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
                 model = Model([-1.0, 1.5, -0.5], dtype, device)
                 before = [(id(p), p.dtype, p.device, p.shape, p.requires_grad) for p in model.parameters()]
-                result = self._minimize(Loss(bowl), model, self.evaluations)
+                result = self._minimize(self._loss(bowl), model, self.evaluations)
                 after = [(id(p), p.dtype, p.device, p.shape, p.requires_grad) for p in model.parameters()]
                 assert before == after, f"{dtype} on {device}: the weights became {after}"
                 assert bool((model.frozen == 1).all()), f"{dtype} on {device}: a frozen weight was changed"
@@ -292,21 +349,25 @@ class OptimizerContract:
     def test_budget_of_evaluations(self) -> None:
         """It is spent exactly, by the loss's own count; less only if the method ended by itself."""
         for budget in (1, 7, 137):
-            loss = Loss(valley)
+            loss = self._loss(valley)
             result, ended = self._until_the_end(loss, {"evaluations": budget})
-            assert result.evaluations == loss.calls, f"booked {result.evaluations}, made {loss.calls}"
-            assert loss.calls <= budget, f"{loss.calls} evaluations with a budget of {budget}"
-            assert ended or loss.calls == budget, f"stopped after {loss.calls} of {budget} evaluations"
+            made = self._made(loss, result)
+            assert result.evaluations == made, f"booked {result.evaluations}, made {made}"
+            assert made <= budget, f"{made} evaluations with a budget of {budget}"
+            assert ended or made == budget, f"stopped after {made} of {budget} evaluations"
 
     def test_budget_of_forward_equivalents(self) -> None:
         """It is never exceeded, by the loss's own count, and what is left is less than one evaluation with gradient."""
         for budget in (1.0, 7.5, 137.0):
-            loss = Loss(valley)
+            loss = self._loss(valley)
             result, ended = self._until_the_end(loss, {"forward_equivalents": budget})
-            spent = loss.calls + 2.0 * loss.backwards
-            assert result.forward_equivalents == spent, f"booked {result.forward_equivalents}, spent {spent}"
-            assert spent <= budget, f"spent {spent} of {budget} forward-equivalents"
-            assert ended or budget - spent < 3, f"stopped at {spent} of {budget} forward-equivalents"
+            spent, booked = loss.calls + 2.0 * loss.backwards, result.forward_equivalents
+            # second derivatives have a fixed price, which is more than the calls that can be counted
+            second = Need.HESSIAN in self.method.uses
+            assert booked >= spent if second else booked == spent, f"booked {booked}, spent {spent}"
+            assert booked <= budget, f"spent {booked} of {budget} forward-equivalents"
+            largest = max(3, 5 * 2 * second, 2 * 2 * (Need.RESIDUALS in self.method.needs))
+            assert ended or budget - booked < largest, f"stopped at {booked} of {budget} forward-equivalents"
 
     def test_budget_raised_in_a_new_run(self) -> None:
         """A run stopped by its budget, saved, and resumed with a larger one walks the path of an uninterrupted run."""
@@ -323,7 +384,15 @@ class OptimizerContract:
         whole, rows = self._run(self.evaluations)
         self._finish(whole)
         model = Model([-1.2, 1.0])
-        objective = Objective(Loss(valley), model, 1, bounds=self._bounds(), seed=_SEED, batch="loop")
+        objective = Objective(
+            self._loss(valley),
+            model,
+            1,
+            bounds=self._bounds(),
+            seed=_SEED,
+            batch="loop",
+            residuals=self._residuals,
+        )
         seen = Rows(objective.vector)
         objective.listeners.append(seen)
         optimizer = self.method.start(objective.vector, _SEED)
@@ -335,6 +404,50 @@ class OptimizerContract:
             optimizer.close()
         assert seen.rows == rows.rows, "with a budget raised in place the path is another one"
 
+    # -- constraints --------------------------------------------------------------------------------------------
+
+    def test_keeps_constraints(self) -> None:
+        """The best point keeps them, all forwards are counted, and the lowest loss outside does not count."""
+        if not self._constrainable:
+            return
+        for budget in (1, 7, 137):
+            loss, disc = self._loss(valley), Disc()
+            model = Model([-0.4, 0.3])
+            run, _ = self._run(budget, loss=loss, model=model, constraints=disc.constraint())
+            self._finish(run)
+            result = run.result()
+            assert self._made(loss, result) == result.evaluations <= budget, (
+                f"{loss.calls} evaluations of {budget}"
+            )
+            spent = loss.calls + disc.calls - disc.recomputed(run)
+            if Need.HESSIAN not in self.method.uses:
+                assert result.forward == spent, f"booked {result.forward} forwards, {spent} made"
+            assert result.violation == 0, (
+                f"the start kept the constraint, the best breaks it by {result.violation}"
+            )
+            assert disc.inside(model.x().detach()), "the model holds a point that breaks the constraint"
+
+    def test_constrained_state_saved_between_steps(self) -> None:
+        """With a constraint, too, a state saved after any step gives the rest of the path bit for bit."""
+        if not self._constrainable:
+            return
+        run, rows = self._run(self.evaluations, constraints=Disc().constraint())
+        saved = [(0, _save(run.state_dict()))]
+        with run:
+            for _ in run:
+                saved.append((len(rows.rows), _save(run.state_dict())))
+        spent = run.result().forward
+        for done, state in _some(saved)[::4]:
+            again, rest = self._run(
+                self.evaluations, _SEED + 1, model=Model([0.75, -0.25]), constraints=Disc().constraint()
+            )
+            with again:
+                again.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+                for _ in again:
+                    pass
+            assert rest.rows == rows.rows[done:], f"resumed after evaluation {done}, the path is another one"
+            assert again.result().forward == spent, f"resumed after evaluation {done}, it cost another sum"
+
     # -- losses that misbehave ----------------------------------------------------------------------------------
 
     def test_nan_half_of_the_time(self) -> None:
@@ -344,7 +457,7 @@ class OptimizerContract:
         def spoil(value: Tensor, call: int) -> Tensor:
             return value * math.nan if call > 1 and draws.random() < 0.5 else value
 
-        self._survives(Loss(valley, spoil))
+        self._survives(self._loss(valley, spoil))
 
     def test_inf_now_and_then(self) -> None:
         """Losses that are inf or -inf are counted, survived, and never the best."""
@@ -353,17 +466,17 @@ class OptimizerContract:
         def spoil(value: Tensor, call: int) -> Tensor:
             return value + draws.choice([math.inf, -math.inf, 0, 0]) if call > 1 else value
 
-        self._survives(Loss(valley, spoil))
+        self._survives(self._loss(valley, spoil))
 
     def test_nan_after_the_start(self) -> None:
         """When only the first loss is finite, its point is the best one, and the model holds it."""
-        self._survives(Loss(valley, lambda value, call: value * math.nan if call > 1 else value))
+        self._survives(self._loss(valley, lambda value, call: value * math.nan if call > 1 else value))
 
     def test_nothing_finite(self) -> None:
         """Without any finite loss the reason is `non_finite` (or an error, of a method that follows gradients)."""
         model = Model([-1.2, 1.0])
         before = model.bits()
-        loss = Loss(valley, lambda value, call: value * math.nan)
+        loss = self._loss(valley, lambda value, call: value * math.nan)
         try:
             with _quiet():
                 result = self._minimize(loss, model, 400)
@@ -383,18 +496,18 @@ class OptimizerContract:
 
     def test_flat_loss(self) -> None:
         """A loss that is the same everywhere is no reason to fail or to go over the budget."""
-        loss = Loss(lambda x: (x * 0).sum() + 3)
+        loss = self._loss(flat)
         model = Model([-1.2, 1.0])
         with _quiet():
             result = self._minimize(loss, model, 137)
-        assert loss.calls <= 137, f"{loss.calls} evaluations with a budget of 137"
+        assert self._made(loss, result) <= 137, f"{loss.calls} evaluations with a budget of 137"
         assert result.best_loss == 3, f"the best loss is {result.best_loss}"
 
     def test_nothing_better_than_the_start(self) -> None:
         """The model ends with the best point evaluated: the start, if that was evaluated and is the optimum."""
         model = Model([0.5, 0.5])
         before = model.bits()
-        run, rows = self._run(self.evaluations, loss=Loss(bowl), model=model)
+        run, rows = self._run(self.evaluations, loss=self._loss(bowl), model=model)
         self._finish(run)
         if rows.rows[0].x == torch.full((2,), 0.5, dtype=torch.float64).numpy().tobytes():
             assert model.bits() == before, "the start was the best point; the model holds another one"
@@ -402,8 +515,8 @@ class OptimizerContract:
     def test_loss_without_gradient(self) -> None:
         """A loss without a graph is minimised, or refused by `MissingGradient`."""
         model = Model([-1.0, 1.5, -0.5])
-        loss = Loss(bowl, lambda value, call: value.item())
-        start = bowl(model.x()).item()
+        loss = self._loss(bowl, lambda value, call: value.detach().numpy())
+        start = self._value(bowl, model.x())
         try:
             with _quiet():
                 result = self._minimize(loss, model, {"forward_equivalents": self.budget})
@@ -420,10 +533,10 @@ class OptimizerContract:
         model = Model([-1.0, 1.5, -0.5, 0.25])
 
         def spoil(value: Tensor, call: int) -> Tensor:
-            return bowl(model.a)
+            return self._form(bowl)(model.a)
 
         with _quiet():
-            result = self._minimize(Loss(bowl, spoil), model, {"forward_equivalents": self.budget})
+            result = self._minimize(self._loss(bowl, spoil), model, {"forward_equivalents": self.budget})
         assert result.best_loss <= 0.425, f"from 4.25 only down to {result.best_loss}"
 
     def test_exception_in_the_loss(self) -> None:
@@ -473,7 +586,7 @@ class OptimizerContract:
         model.a.grad = torch.full_like(model.a, 3.0)
         grad = model.a.grad
         before = _generators()
-        self._minimize(Loss(bowl), model, self.evaluations)
+        self._minimize(self._loss(bowl), model, self.evaluations)
         assert _generators() == before, "a global random generator has moved"
         assert model.a.grad is grad, "a weight's .grad is another tensor"
         assert bool((grad == 3).all()), "a weight's .grad was written"
@@ -498,6 +611,38 @@ class OptimizerContract:
 
     # -- how the tests run it -----------------------------------------------------------------------------------
 
+    @property
+    def _residuals(self) -> bool:
+        return Need.RESIDUALS in self.method.needs
+
+    def _made(self, loss: Loss, result: Result) -> int:
+        """How many evaluations were made; a question about second derivatives calls the loss too, and is none."""
+        if Need.HESSIAN not in self.method.uses:
+            return loss.calls
+        assert result.evaluations <= loss.calls <= result.forward, (
+            f"{result.forward} forwards booked, {loss.calls} made"
+        )
+        return result.evaluations
+
+    @property
+    def _constrainable(self) -> bool:
+        """Whether it can keep constraints: all its stages can."""
+        return all(Need.CONSTRAINTS in part.uses for part in leaves(self.method) if not part.parts)
+
+    def _form(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The function as the method wants it."""
+        return _RESIDUALS[function] if self._residuals else function
+
+    def _loss(
+        self, function: Callable[[Tensor], Tensor], spoil: Callable[[Tensor, int], Any] | None = None
+    ) -> Loss:
+        return Loss(function, spoil, self._residuals)
+
+    def _value(self, function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+        """The loss at some weights, computed as the objective does."""
+        told = self._form(function)(x)
+        return (0.5 * (told * told).sum() if self._residuals else told).item()
+
     def _bounds(self) -> Any:
         if self.bounds is not None:
             return self.bounds
@@ -506,27 +651,41 @@ class OptimizerContract:
     def _minimize(self, loss: Loss, model: Model, budget: Any) -> Result:
         # one by one: these losses count their calls
         return hybridopt.minimize(
-            loss, model, self.method, budget=budget, bounds=self._bounds(), seed=_SEED, batch="loop"
+            loss,
+            model,
+            self.method,
+            budget=budget,
+            bounds=self._bounds(),
+            seed=_SEED,
+            batch="loop",
+            residuals=self._residuals,
         )
 
     def _lowers(self, function: Callable[[Tensor], Tensor], start: list[float]) -> None:
         model = Model(start)
-        before = function(model.x()).item()
-        result = self._minimize(Loss(function), model, {"forward_equivalents": self.budget})
+        before = self._value(function, model.x())
+        result = self._minimize(self._loss(function), model, {"forward_equivalents": self.budget})
         assert result.best_loss <= 0.1 * before, f"from {before} only down to {result.best_loss}: {result}"
-        assert function(model.x()).item() == result.best_loss, "the model does not hold the best point"
+        assert self._value(function, model.x()) == result.best_loss, "the model does not hold the best point"
 
     def _run(
-        self, budget: Any, seed: int = _SEED, loss: Loss | None = None, model: Model | None = None
+        self,
+        budget: Any,
+        seed: int = _SEED,
+        loss: Loss | None = None,
+        model: Model | None = None,
+        constraints: Any = None,
     ) -> tuple[Run, Rows]:
         run = Run(
-            Loss(valley) if loss is None else loss,
+            self._loss(valley) if loss is None else loss,
             Model([-1.2, 1.0]) if model is None else model,
             self.method,
             budget=budget,
             bounds=self._bounds(),
             seed=seed,
             batch="loop",
+            residuals=self._residuals,
+            constraints=constraints,
         )
         rows = Rows(run.objective.vector)
         run.objective.listeners.append(rows)
@@ -575,11 +734,12 @@ class OptimizerContract:
         run, rows = self._run(137, loss=loss, model=model)
         self._finish(run)
         result = run.result()
-        assert loss.calls <= 137, f"{loss.calls} evaluations with a budget of 137"
-        assert result.best_loss == min(loss.finite), (
-            f"best {result.best_loss}, the loss returned {min(loss.finite)}"
-        )
-        assert result.nonfinite == len(loss.values) - len(loss.finite), f"counted {result.nonfinite} of them"
+        assert self._made(loss, result) <= 137, f"{loss.calls} evaluations with a budget of 137"
+        told = [float.fromhex(row.loss) for row in rows.rows]
+        finite = [value for value in told if math.isfinite(value)]
+        assert set(finite) <= set(loss.finite), "it was told what the loss did not say"
+        assert result.best_loss == min(finite), f"best {result.best_loss}, the loss returned {min(finite)}"
+        assert result.nonfinite == len(told) - len(finite), f"counted {result.nonfinite} of them"
         best = next(row for row in rows.rows if row.loss == result.best_loss.hex())
         assert model.x().detach().numpy().tobytes() == best.x, "the model does not hold the best point"
 
@@ -594,7 +754,7 @@ class OptimizerContract:
                 raise error
             return value
 
-        run, rows = self._run(self.evaluations, loss=Loss(valley, spoil))
+        run, rows = self._run(self.evaluations, loss=self._loss(valley, spoil))
         raised: list[BaseException] = []
         while run.reason is None:
             try:
