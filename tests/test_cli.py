@@ -285,7 +285,7 @@ def test_methods_lists_what_each_needs() -> None:
     result = run("methods")
     rows = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert set(registry.names()) <= set(rows)
-    assert rows["pyswarm.pso"].split()[1:3] == ["bounds", "-"]
+    assert rows["pyswarm.pso"].split()[1:3] == ["bounds", "constraints"]
     assert rows["torch.adam"].split()[1:3] == ["gradient", "bounds"]
     assert "quasi-Newton" in rows["scipy.slsqp"]
     assert result.stderr == ""

@@ -130,7 +130,7 @@ class SequenceRun:
             step = self._child.tell(answer)
         except NonFiniteLoss as error:
             # the user's own start must have a finite loss; one drawn here, or drawn again under noise, may not
-            if self._index == 0:
+            if self._index == 0 or not math.isfinite(self._best_loss):
                 raise
             return self._next(None, Reason.NON_FINITE, str(error))
         if step is None:

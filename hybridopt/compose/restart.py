@@ -18,6 +18,8 @@ from hybridopt.start import Start
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
 
+GROWTHS = 9  # restarts after which an option grows no more
+
 
 @dataclass(frozen=True)
 class Restart(Sequence):
@@ -31,7 +33,7 @@ class Restart(Sequence):
             one began, with another seed.
         sigma: in solver coordinates; None (default) = 0.3 × the range of a bounded weight, 0.5 of others.
         grow: name of an option of the method, a number, that is multiplied by `factor` at each restart
-            (`grow=popsize` for CMA-ES is IPOP, Auger & Hansen 2005); None (default) = none.
+            (`grow=popsize` for CMA-ES is IPOP, Auger & Hansen 2005), nine times at most; None (default) = none.
         factor: see `grow`; default 2. Whole numbers stay whole.
         restarts: how many after the first run; None (default) = as long as the budget lasts.
 
@@ -98,7 +100,7 @@ class Restart(Sequence):
                 f"restart: expected grow to name an option of {method.label} that is a number, "
                 f"{option!r} is {value!r}; give it one, e.g. {method.label}({option}=10)"
             )
-        grown = value * self.factor**index
+        grown = value * self.factor ** min(index, GROWTHS)
         from hybridopt.text import method as changed
 
         return changed(method, **{option: round(grown) if isinstance(value, int) else grown})

@@ -78,7 +78,7 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(source: str, engine: str, compiler: str, *versions: str) -> ModuleType:
+def load(source: str, engine: str, compiler: str, *versions: str, kind: str = "rule") -> ModuleType:
     """The module made of `source`.
 
     Args:
@@ -86,12 +86,13 @@ def load(source: str, engine: str, compiler: str, *versions: str) -> ModuleType:
         engine: name of its folder in the cache.
         compiler: for messages.
         versions: whatever else the compiled code depends on.
+        kind: what it is, in its file's name.
 
     Raises:
         Untranslatable: the compiler failed.
     """
     text = "\n".join([source, *versions])
-    name = f"rule_{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+    name = f"{kind}_{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
     try:
         path = _written(cache_folder(engine), name, source)
     except OSError:  # the disk is full, or the folder went away

@@ -56,14 +56,14 @@ def compiled(rule: Rule, variant: Variant) -> ModuleType:
 def squares(dtype: str) -> ModuleType:
     """A module whose `run(block)` sums squares over pieces; see `squares_source`."""
     with _variants.making:
-        return _load(squares_source(dtype))
+        return _load(squares_source(dtype), "squares")
 
 
 @functools.cache
 def watch() -> ModuleType:
     """A module whose `look(block)` compares tensors with what is known of them; see `watch_source`."""
     with _variants.making:
-        return _load(watch_source())
+        return _load(watch_source(), "watch")
 
 
 def _compile(rule: Rule, variant: Variant) -> ModuleType:
@@ -75,9 +75,11 @@ def _compile(rule: Rule, variant: Variant) -> ModuleType:
 _variants = Variants(_compile)  # numba compiles one at a time anyway
 
 
-def _load(source: str) -> ModuleType:
+def _load(source: str, kind: str = "rule") -> ModuleType:
     pointers = Path(__file__).with_name("_intrinsics.py").read_text()
-    return load(source, "cpu", "numba", pointers, version("numba"), version("llvmlite"), version("numpy"))
+    return load(
+        source, "cpu", "numba", pointers, version("numba"), version("llvmlite"), version("numpy"), kind=kind
+    )
 
 
 @functools.cache

@@ -385,7 +385,7 @@ def test_the_update_of_the_hessian() -> None:
         (lambda: BFGS(maxiter=2.5), "scipy.bfgs: expected maxiter to be a whole number or None, got 2.5"),
         (
             lambda: TrustConstr(hess="dfp"),
-            "scipy.trust_constr: expected hess to be one of bfgs, sr1, got 'dfp'",
+            "scipy.trust_constr: expected hess to be one of bfgs, sr1, autograd, got 'dfp'",
         ),
         (
             lambda: TrustConstr(eps=1e-3, gradients="none"),

@@ -550,6 +550,7 @@ class TestMultiStartTorchBounded(OptimizerContract):
     random = True
 
 
+@pytest.mark.slow
 class TestMultiStartSLSQP(OptimizerContract):
     method = hybridopt.method("multistart(slsqp, starts=4, rung=12)")
     random = True

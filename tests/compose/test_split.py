@@ -55,6 +55,7 @@ class TestAlternating(SplitContract):
     random = True
 
 
+@pytest.mark.slow
 class TestNested(SplitContract):
     """In a chain, a chain and a closure in it, with limits inside and out."""
 
@@ -66,6 +67,7 @@ class TestNested(SplitContract):
     random = True
 
 
+@pytest.mark.slow
 class TestOneGraph(SplitContract):
     """Two solvers that are told of the same values and gradients."""
 

@@ -77,6 +77,7 @@ def test_key_covers_the_rules_text() -> None:
     assert len(set(sources)) == len(sources)
 
 
+@pytest.mark.slow
 def test_rule_edited_on_disk_is_compiled_anew(tmp_path: Path) -> None:
     rule = tmp_path / "mine.py"
     code = (
@@ -98,13 +99,14 @@ def test_rule_edited_on_disk_is_compiled_anew(tmp_path: Path) -> None:
 def test_cache_is_used_again(tmp_path: Path) -> None:
     for _ in range(2):
         assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
-    modules = list((tmp_path / "cpu").glob("*.py"))
-    compiled = list((tmp_path / "cpu").rglob("*.nbc"))
+    modules = list((tmp_path / "cpu").glob("rule_*.py"))
+    compiled = list((tmp_path / "cpu").rglob("rule_*.nbc"))
     assert len(modules) == 1
     assert len(compiled) == 1
     assert not list((tmp_path / "cpu").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """A file stands where the folder should be: a temporary folder, gone afterwards."""
     (tmp_path / "file").write_text("")
@@ -113,15 +115,17 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").glob("hybridopt-*"))
 
 
+@pytest.mark.slow
 def test_damaged_module_is_written_again(tmp_path: Path) -> None:
     run(STEP, HYBRIDOPT_CACHE=str(tmp_path))
-    (module,) = (tmp_path / "cpu").glob("*.py")
+    (module,) = (tmp_path / "cpu").glob("rule_*.py")
     text = module.read_text()
     module.write_text(text.replace("p[i] = q", "p[i] = 7"))
     assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
     assert module.read_text() == text
 
 
+@pytest.mark.slow
 def test_two_processes_compile_at_once(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "HYBRIDOPT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
