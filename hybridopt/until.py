@@ -69,7 +69,7 @@ class Switch(abc.ABC):
         >>> str(hybridopt.method("adam", lr=0.01).until(plateau(50) | target(0.1) & evaluations(100)))
         'adam(lr=0.01) until plateau(50) | target(0.1) & evaluations(100)'
         >>> hybridopt.method("adam(lr=0.01) until plateau(50) | evaluations(900)")
-        Stage(adam(evaluations=900, lr=0.01) until plateau(50))
+        Stage(adam(lr=0.01, evaluations=900) until plateau(50))
     """
 
     name: ClassVar[str]
