@@ -32,8 +32,8 @@ import hybridopt
 from hybridopt import Budget, problems
 
 IDENTITY = {
-    "dual_annealing(evaluations=700, gradients=none) > adam(lr=0.01, steps=50) > slsqp": "1500fe",
-    "cycle(adam(lr=0.03) until plateau(60) > cmaes(sigma=0.05, evaluations=400))": "20000fe",
+    "dual_annealing(evaluations=700) > adam(lr=0.001, steps=10) > slsqp(ftol=1e-12)": "1500fe",
+    "cycle(cmaes(evaluations=4000) > adam(lr=0.003, steps=200) until plateau(50))": "20000fe",
 }
 GOAL = 0.783055
 

@@ -91,6 +91,7 @@ class Run:
         self._result: Result | None = None
         self._ended: tuple[Reason, str] | None = None  # by the method itself, which no larger budget undoes
         fitted, self._chosen = self.method.fitted(self.objective)
+        _require_skills(fitted, self.objective)
         self.optimizer: Optimizer = fitted.start(self.objective.vector, self.seed)
 
     # -- stepping -----------------------------------------------------------------------------------------------
@@ -273,9 +274,7 @@ def minimize(
     """
     todo = [callbacks] if callable(callbacks) else list(callbacks)
     run = Run(loss, target, method, budget=budget, seed=seed, tracker=tracker, label=label, **objective)
-    file = None if checkpoint is None else Path(checkpoint)
-    if file is not None and not file.parent.is_dir():
-        raise StateError(f"checkpoint {file}: expected an existing folder, there is no {str(file.parent)!r}")
+    file = checkpoint_file(checkpoint)
     with run, _Interrupt() as interrupt:
         if file is not None and file.exists():
             state = load_checkpoint(file)
@@ -297,6 +296,14 @@ def minimize(
         if file is not None:
             save_checkpoint(run.state_dict(), file)
     return run.result()
+
+
+def checkpoint_file(checkpoint: str | Path | None) -> Path | None:
+    """The file to save to; `StateError` if its folder is not there."""
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and not file.parent.is_dir():
+        raise StateError(f"checkpoint {file}: expected an existing folder, there is no {str(file.parent)!r}")
+    return file
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:

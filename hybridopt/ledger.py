@@ -75,7 +75,7 @@ class Share(float):
     def read(cls, value: Any) -> Any:
         """Text such as `"20%"` as a share; anything else as it is."""
         if isinstance(value, str):
-            match = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)
+            match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*", value)
             if match is None:
                 raise BudgetError(f"share: expected a percentage such as '20%', got {value!r}")
             return cls(float(match[1]))

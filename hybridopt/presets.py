@@ -27,13 +27,16 @@ class Auto(Method):
     is found out on the way: SLSQP and L-BFGS-B test the gradient at their start and use differences where it is wrong.
     What it chose and why is in `Result.notes`, and `Result.stages` shows what each part did.
 
-    - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
     - constraints: SLSQP begun again;
+    - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
     - gradients: SLSQP (L-BFGS-B above 300 weights) begun again; with a box a quarter of the budget is CMA-ES's;
       above 20 000 weights Adam;
     - values alone: SLSQP with differences from random points of the box; line searches along the coordinates, for
       losses that are nearly sums of functions of one weight; then CMA-ES with restarts. Above 300 weights CMA-ES with a
       diagonal or a limited memory.
+
+    With a loss that draws random numbers no point is known to be the best, and what the first, local parts find is
+    uncertain: name `cmaes`, or `adam` where there are gradients, instead.
 
     `auto` is a whole run's method: what it chooses from is known only where the loss is, so it cannot be a part of
     another method. Shares were set on the 24 BBOB functions, `benchmarks/answer_quality.py`.
@@ -71,12 +74,12 @@ def choose(objective: Objective) -> tuple[str, str]:
     n, boxed = vector.n, _boxed(vector)
     again = "begin_at=uniform" if boxed else "begin_at=perturb"
     places = "random points" if boxed else "perturbed best points"
-    if objective.residuals is not None:
-        return "restart(least_squares)", "least squares, since the residuals are known"
     if objective.constraints is not None:
         return f"restart(slsqp, {again})", f"scipy.slsqp from {places}, since it keeps constraints"
+    if objective.residuals is not None:
+        return "restart(least_squares)", "least squares, since the residuals are known"
     if objective.differentiable:
-        if n > MANY:
+        if n > MANY and vector.integer is None:
             return "adam", f"adam, since {n} weights have gradients"
         local = "slsqp" if n <= DENSE else "lbfgsb"
         if not boxed or n > DENSE:

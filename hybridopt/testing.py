@@ -284,12 +284,13 @@ class OptimizerContract:
             assert rest == whole[done:], f"resumed after evaluation {done}, the path is another one"
 
     def test_copied_state(self) -> None:
-        """A state that was deep-copied or pickled is as good as the state."""
+        """A state stays what it was while the run goes on, and a deep copy or a pickle of it is as good."""
         run, rows = self._run(self.evaluations)
         for _ in range(4):
             run.step()
         done = len(rows.rows)
-        states = [copy.deepcopy(run.state_dict()), pickle.loads(pickle.dumps(run.state_dict()))]
+        state = run.state_dict()
+        states = [state, copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
         with run:
             for _ in run:
                 pass

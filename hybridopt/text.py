@@ -53,7 +53,7 @@ def method(spec: str | type | Method, **options: Any) -> Method:
         'scipy.slsqp(evaluations=50) > adam(lr=0.1)'
     """
     if isinstance(spec, str):
-        if re.fullmatch(r"\s*[\w.:]+\s*", spec):
+        if re.fullmatch(r"\s*[\w.:]+\s*", spec) and spec.strip() not in COMPOSED:
             return build(spec.strip(), options)
         if options:
             raise MethodError(f"method: options belong inside the text here: {spec!r} and {options!r}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import HybridoptError, ObjectiveError, StateError
-from hybridopt.harness import Run, load_checkpoint, save_checkpoint
+from hybridopt.harness import Run, checkpoint_file, load_checkpoint, save_checkpoint
 from hybridopt.ledger import Ledger
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Answer, FloatArray, Kind, Method, Request
@@ -58,8 +58,9 @@ class Trial:
         Raises:
             TrialPruned: early stopping gives the trial up. Let it pass; the last loss reported is the trial's.
         """
-        if self.reports and step <= max(self.reports):
-            raise ObjectiveError(f"report: expected a step above {max(self.reports)}, got {step!r}")
+        before = max(self.reports, default=-1)
+        if not isinstance(step, int) or step <= before:
+            raise ObjectiveError(f"report: expected a whole number above {before} as step, got {step!r}")
         self.reports[int(step)] = float(loss)
         if self.early is not None and hopeless(self.early, int(step), self.reports, self.earlier):
             raise TrialPruned(f"trial {self.number} was given up after step {step}")
@@ -75,18 +76,24 @@ def hopeless(
     half of the earlier trials that came so far (Li et al. 2020, asynchronous successive halving, reduction factor 2).
     Both wait for 4 trials that came so far; nan counts as the worst.
     """
-    loss = reports[step]
     if early == "halving":
         if step & (step - 1):
             return False
-        others = [trial[step] for trial in earlier if step in trial]
+        loss = _lowest([reports[step]])
+        others = [_lowest([trial[step]]) for trial in earlier if step in trial]
     else:
-        loss = min((v for v in reports.values() if not math.isnan(v)), default=math.nan)
-        others = [min(v for s, v in trial.items() if s <= step) for trial in earlier if max(trial) >= step]
-    others = [other for other in others if not math.isnan(other)]
-    if len(others) < PATIENCE:
-        return False
-    return math.isnan(loss) or loss > statistics.median(others)
+        loss = _lowest(reports.values())
+        others = [
+            _lowest(value for at, value in trial.items() if at <= step)
+            for trial in earlier
+            if min(trial) <= step <= max(trial)
+        ]
+    return len(others) >= PATIENCE and (math.isinf(loss) or loss > statistics.median(others))
+
+
+def _lowest(losses: Iterable[float]) -> float:
+    """The lowest loss; nan is none."""
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -188,16 +195,19 @@ def tune(
         >>> tuning.best.config["act"], round(tuning.best.config["lr"], 2), len(tuning.trials)
         ('tanh', 0.01, 60)
     """
-    file = None if checkpoint is None else Path(checkpoint)
+    file = checkpoint_file(checkpoint)
     objective = _Trials(train, space, start, early)
     todo = [callbacks] if callable(callbacks) else list(callbacks)
-    if isinstance(workers, int) and (isinstance(workers, bool) or workers < 1):
+    whole = isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1
+    if not (whole or isinstance(workers, concurrent.futures.Executor)):
         raise ObjectiveError(f"tune: expected workers >= 1 or an executor, got {workers!r}")
     with _pool(workers) as pool, Run(objective, None, method, budget=budget, seed=seed) as run:
         objective.begin(pool, run.seed)
         saved = None
         if file is not None and file.exists():
             saved = load_checkpoint(file)
+            if "trials" not in saved:
+                raise StateError(f"checkpoint {file}: expected one that tune wrote, got one of minimize")
             if seed is not None and saved["run"]["seed"] != seed:
                 raise StateError(
                     f"checkpoint {file}: it was saved with seed {saved['run']['seed']}, got seed={seed}"
@@ -251,7 +261,7 @@ def _run_trial(train: Callable[..., Any], config: Config, trial: Trial, takes_tr
         with torch.enable_grad():
             loss = float(train(dict(config), trial) if takes_trial else train(dict(config)))
     except TrialPruned:
-        loss, state = trial.reports[max(trial.reports)], "pruned"
+        loss, state = (trial.reports[max(trial.reports)] if trial.reports else math.nan), "pruned"
     except Exception:  # noqa: BLE001 - a training run may fail in any way; it is recorded
         state, error = "failed", traceback.format_exc()
     return _Outcome(loss, state, time.perf_counter() - begun, dict(trial.reports), error)  # type: ignore[arg-type]
@@ -273,6 +283,10 @@ class _Trials(Objective):
             raise ObjectiveError(f"tune: expected a Space, got {type(space).__name__}; see hybridopt.space")
         self.train, self.space, self.early = train, space, early
         self.takes_trial = _takes_trial(train)
+        if early is not None and not self.takes_trial:
+            raise ObjectiveError(
+                f"tune: early={early!r} expects train(config, trial) that calls trial.report"
+            )
         self.records: list[TrialRecord] = []
         self.after_trial: Callable[[TrialRecord], None] = lambda record: None
         self.study_seed = 0

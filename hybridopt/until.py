@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hybridopt.errors import MethodError
-from hybridopt.ledger import Ledger, Share
+from hybridopt.ledger import Budget, Ledger, Share
 from hybridopt.optimizer import FloatArray
 from hybridopt.text import print_value
 
@@ -106,13 +106,18 @@ class Limit(Switch):
     def __post_init__(self) -> None:
         if self.quantity not in LIMITS:
             raise MethodError(f"until: expected a limit on {', '.join(LIMITS)}, got {self.quantity!r}")
+        if isinstance(self.value, Share):
+            if self.quantity in ("steps", "target"):
+                raise MethodError(f"until: expected a number of {self.quantity}, got a share, {self.value}")
+        elif self.quantity == "steps":
+            _whole("until", "steps", self.value)
+        else:
+            Budget(**{self.quantity: self.value})
 
     def met(self, view: View, memory: dict[str, Any]) -> bool:
         """See `Switch.met`."""
-        if isinstance(self.value, Share):
-            raise MethodError(f"until: a share ({self}) is a limit of its own: it cannot be joined by '&'")
         if self.quantity == "target":
-            return view.ledger.best_loss <= float(self.value)
+            return view.ledger.best_violation == 0 and view.ledger.best_loss <= float(self.value)
         spent = view.steps if self.quantity == "steps" else getattr(view.ledger, self.quantity)
         return bool(spent >= self.value)
 
@@ -150,13 +155,17 @@ class Plateau(Switch):
         now = view.ledger.evaluations
         spent.append(now)
         losses.append(view.loss if view.noisy else view.ledger.best_loss)
+        broken: list[float] = memory.setdefault("broken", [])
+        broken.append(view.ledger.best_violation)
         kept = self.window * (2 if view.noisy else 1)
         while len(spent) > 1 and spent[1] <= now - kept:
-            del spent[0], losses[0]
+            del spent[0], losses[0], broken[0]
         if spent[0] > now - kept:
             return False
         if view.noisy:
             return self._chance([s > now - self.window for s in spent], losses)
+        if broken[-1] < broken[0]:  # the loss may rise while the constraints come to be kept
+            return False
         then, best = losses[0], losses[-1]
         return math.isfinite(then) and then - best <= self.tolerance * max(abs(then), abs(best))
 

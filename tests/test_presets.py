@@ -62,6 +62,17 @@ def test_residuals_and_constraints() -> None:
     )
     assert result.best_loss == pytest.approx(0.5, abs=1e-6)
     assert "since it keeps constraints" in result.notes[-1]
+    x = torch.ones(3, dtype=torch.float64)
+    result = hybridopt.minimize(
+        lambda x: x - 0.3,
+        x,
+        "auto",
+        budget="300fe",
+        seed=0,
+        residuals=True,
+        constraints=lambda x: x.sum() - 2,
+    )
+    assert result.best_loss == pytest.approx(1.1**2 / 6, abs=1e-6)
 
 
 def test_it_is_what_it_says_it_chose() -> None:

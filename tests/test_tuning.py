@@ -8,11 +8,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hybridopt import tune
+from hybridopt import minimize, tune
 from hybridopt.errors import ObjectiveError, StateError
 from hybridopt.space import Categorical, Float, Int, Space
 from hybridopt.tuning import PATIENCE, Trial, TrialPruned, TrialRecord, hopeless, layer_groups, layers
@@ -113,6 +114,10 @@ def test_median_rule() -> None:
     assert hopeless("median", 2, {2: math.nan}, earlier)
     assert not hopeless("median", 2, {2: 9.0}, earlier[: PATIENCE - 1])
     assert not hopeless("median", 3, {3: 9.0}, earlier)  # nobody came so far
+    assert not hopeless("median", 5, {5: 1.0}, [{10: 0.5}] * 5)  # nobody had reported yet
+    for nan in ({1: math.nan, 2: 0.5}, {1: 0.5, 2: math.nan}):
+        assert hopeless("median", 2, {2: 0.6}, [nan] * 5)
+    assert not hopeless("median", 2, {2: 0.6}, [{2: math.nan}] * 5)  # nan is the worst, not nothing
 
 
 def test_halving_rule() -> None:
@@ -139,8 +144,9 @@ def test_hopeless_trials_are_given_up(early: Any) -> None:
 def test_reports_go_forward() -> None:
     trial = Trial(0, 0)
     trial.report(3, 1.0)
-    with pytest.raises(ObjectiveError, match="expected a step above 3, got 3"):
-        trial.report(3, 1.0)
+    for step in (3, 4.5):
+        with pytest.raises(ObjectiveError, match=f"expected a whole number above 3 as step, got {step}"):
+            trial.report(step, 1.0)  # type: ignore[arg-type]
     with pytest.raises(TrialPruned, match="trial 9 was given up after step 1"):
         Trial(9, 0, "median", ({1: 0.0},) * PATIENCE).report(1, 1.0)
 
@@ -175,6 +181,17 @@ def test_all_failed() -> None:
         _ = tuning.best
 
 
+def test_a_trial_that_gives_itself_up() -> None:
+    def train(config: dict[str, Any], trial: Trial) -> float:
+        if config["width"] > 20:
+            raise TrialPruned
+        return bowl(config)
+
+    with pytest.warns(RuntimeWarning):
+        tuning = tune(train, SPACE, budget=20, seed=2)
+    assert {t.state for t in tuning.trials} == {"complete", "pruned"}
+
+
 def test_interrupts_pass() -> None:
     def train(config: dict[str, Any]) -> float:
         raise KeyboardInterrupt
@@ -190,6 +207,8 @@ def test_interrupts_pass() -> None:
         ({"space": {"lr": 3}}, "expected a Space, got dict"),
         ({"early": "soon"}, "expected early to be 'median', 'halving' or None, got 'soon'"),
         ({"workers": 0}, "expected workers >= 1 or an executor, got 0"),
+        ({"workers": 2.5}, "expected workers >= 1 or an executor, got 2.5"),
+        ({"early": "median"}, r"early='median' expects train\(config, trial\)"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
@@ -293,6 +312,11 @@ def test_a_checkpoint_of_another_study(tmp_path: Path) -> None:
         tune(bowl, Space({"lr": Float(0, 1)}), budget=5, seed=3, checkpoint=file)
     with pytest.raises(StateError, match="it was saved with seed 3, got seed=4"):
         tune(bowl, SPACE, budget=5, seed=4, checkpoint=file)
+    with pytest.raises(StateError, match="expected an existing folder"):
+        tune(bowl, SPACE, budget=5, checkpoint=tmp_path / "none" / "study.pt")
+    minimize(lambda x: float((x**2).sum()), np.ones(2), "cmaes", budget=5, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(StateError, match="expected one that tune wrote"):
+        tune(bowl, SPACE, budget=5, checkpoint=tmp_path / "run.pt")
 
 
 def test_a_callback_ends_the_search() -> None:

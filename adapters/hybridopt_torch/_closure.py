@@ -150,7 +150,8 @@ class ClosureRun:
         if not (turned and moved and same):
             return HandOver()
         s, y = (torch.stack(pairs).to("cpu", torch.float64).numpy() for pairs in (moved, turned))
-        slope = self.vector.coordinates.slope(self.vector.read())
+        x = self.vector.read() if self._saved is None else self.vector.gather(self._saved)
+        slope = self.vector.coordinates.slope(x)
         slope = np.ones(self.vector.n) if slope is None else slope
         return HandOver(covariance=inverse_curvature(s / slope, y * slope))
 

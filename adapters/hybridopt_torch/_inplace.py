@@ -89,7 +89,7 @@ class InPlaceRun:
 
     def hand_over(self) -> HandOver:
         """See `Optimizer.hand_over`: variances from the running mean of squared gradients, where there is one."""
-        return HandOver(covariance=second_moments(self.optimizer, self.vector))
+        return HandOver(covariance=second_moments(self.optimizer, self.vector, self._saved))
 
     def state_dict(self) -> dict[str, Any]:
         """The weights and torch's own state dict."""
@@ -117,11 +117,13 @@ class InPlaceRun:
         self._closed = True
 
 
-def second_moments(optimizer: torch.optim.Optimizer, vector: ParameterVector) -> FloatArray | None:
+def second_moments(
+    optimizer: torch.optim.Optimizer, vector: ParameterVector, weights: list[Tensor] | None
+) -> FloatArray | None:
     """Relative variances, shape (n,), in solver coordinates: one over the root mean square of each gradient.
 
     The diagonal of the inverse Hessian as Adam and its relatives take it. None where the optimizer keeps no squares, or
-    not of every weight.
+    not of every weight. `weights`: where the optimizer stands if not in the tensors.
     """
     squares = []
     for tensor in vector.tensors:
@@ -131,7 +133,7 @@ def second_moments(optimizer: torch.optim.Optimizer, vector: ParameterVector) ->
             return None
         squares.append(found)
     roots = np.sqrt(np.abs(vector.gather(squares)))
-    slope = vector.coordinates.slope(vector.read())
+    slope = vector.coordinates.slope(vector.read() if weights is None else vector.gather(weights))
     if slope is not None:
         roots = roots * slope
     positive = roots[roots > 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ class ManyRun:
             "method": str(self.method),
             "rows": [torch.tensor(rows) for rows in self._rows()],
             "weights": [[t.detach().clone() for t in block.tensors] for block in self._blocks],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "losses": torch.tensor(np.stack([self.losses, self._last])),
             "best": torch.tensor(self._best),
         }

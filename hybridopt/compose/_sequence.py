@@ -38,6 +38,8 @@ class Sequence(Method):
     endless: bool = False
     """Whether it goes on until its budget ends: it is stopped when `period` stages in a row evaluated nothing."""
     period: int = 1
+    draws: bool = False
+    """Whether its stages begin at points drawn at random."""
 
     @abc.abstractmethod
     def stage(self, index: int) -> Stage | None:
@@ -114,7 +116,9 @@ class SequenceRun:
     def ask(self) -> Request:
         """See `Optimizer.ask`."""
         if self._closed or self._ended:
-            raise ClosedError(f"{self.name}: it has ended or was closed; start it again, or load its state")
+            raise ClosedError(
+                f"{self.name}: it has ended or was closed; start it again, or load its state into a new one"
+            )
         request = self._child.ask()
         self._in_place = request.x is None and request.kind is not Kind.VALUE
         return request.within(self._scope)
@@ -179,9 +183,17 @@ class SequenceRun:
                 self._best_x = self.vector.encode(point.flat(self.vector))
             return
         own = self._child.incumbent
-        if math.isfinite(own.loss) or self._best_x is None:
+        if self._best_x is None or self._follows(own):
             self._best_loss = own.loss
             self._best_x = self._flat(own.x)
+
+    def _follows(self, own: Incumbent) -> bool:
+        """Whether a stage's own point is to be gone on from although no best point is kept (the loss is noisy).
+
+        The last is the best guess of a method that goes on from the point handed over; of stages that begin at drawn
+        points it is none, so there the lower loss decides, lucky draw or not.
+        """
+        return own.loss < self._best_loss if self.method.draws else math.isfinite(own.loss)
 
     def _flat(self, x: FloatArray | None) -> FloatArray:
         return self.vector.encode(self.vector.read()) if x is None else x
@@ -217,7 +229,7 @@ class SequenceRun:
         """The present stage's own point; before a later stage has seen a finite loss, the best so far."""
         own = self._child.incumbent
         if self._index > 0 and self._best_x is not None:
-            if self._scope.evaluations == 0 or not math.isfinite(own.loss):
+            if self._scope.evaluations == 0 or not math.isfinite(own.loss) or not self._follows(own):
                 return Incumbent(self._best_loss, self._best_x)
         return own
 
@@ -246,8 +258,11 @@ class SequenceRun:
         if self.method.endless:
             return notes
         waiting: list[str] = []
-        while (stage := self.method.stage(self._index + 1 + len(waiting))) is not None:
-            waiting.append(str(stage))
+        for index in range(self._index + 1, self._index + 2 + self.method.period):
+            stage = self.method.stage(index)
+            if stage is None:
+                break
+            waiting.append("..." if len(waiting) == self.method.period else str(stage))
         return [*notes, f"never began: {' > '.join(waiting)}"] if waiting else notes
 
     @property

@@ -38,7 +38,8 @@ class Race(Method):
             ever dropped.
 
     Successive halving: Karnin, Koren & Somekh 2013; Jamieson & Talwalkar 2016. With a loss that draws random numbers
-    the lowest loss is a lucky draw, and so may be the winner of an early rung.
+    the lowest loss is a lucky draw, and so may be the winner of an early rung. Where the loss at the given start is not
+    finite put a method that needs no gradients first: one that follows them raises `NonFiniteLoss`.
 
     Example:
         >>> import numpy as np, hybridopt

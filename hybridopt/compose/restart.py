@@ -71,8 +71,14 @@ class Restart(Sequence):
             raise MethodError(f"restart: expected restarts >= 0 or None, got {self.restarts!r}")
         if not 0 < self.factor < np.inf:
             raise MethodError(f"restart: expected a positive finite factor, got {self.factor!r}")
-        self.stage(1)  # an option that cannot grow is refused here
+        for index in (1, GROWTHS):  # an option that cannot grow, or not so far, is refused here
+            self.stage(index)
         gather(self, (self.method,))
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether it begins at drawn points."""
+        return self.begin_at in ("perturb", "uniform")
 
     @property
     def endless(self) -> bool:  # type: ignore[override]

@@ -153,5 +153,6 @@ class _Line:
         """
         spread = self.spread or 1.0
         goal = self.best - self.method.gain * spread
-        p, q = (min(v - goal, 1e300) for v in (a, b))
+        worst = (1 + self.method.gain) * spread  # a loss that is not finite counts as the highest seen
+        p, q = (min(v - goal, worst) for v in (a, b))
         return float((math.sqrt(p / spread) + math.sqrt(q / spread)) ** 2 * (self.width / width) ** 2)

@@ -199,3 +199,21 @@ def test_a_cycle_improves_on_its_parts() -> None:
 
     result, _ = run("cycle(adam(lr=0.05, steps=40) > slsqp(evaluations=30))", 600, loss=Recorded(loss))
     assert result.best_loss < 1e-8
+
+
+def test_a_noisy_loss_is_not_left_at_a_drawn_start() -> None:
+    """No best point is kept; the last start that was drawn is no better for being the last."""
+
+    def loss(x: Tensor) -> Tensor:
+        return ((x - 0.3) ** 2).sum() + 0.1 * torch.randn((), dtype=torch.float64)
+
+    for seed in range(4):
+        x = torch.ones(3, dtype=torch.float64)
+        hybridopt.minimize(loss, x, "restart(cmaes(evaluations=60), begin_at=uniform)", budget=200, seed=seed,
+                           bounds=(-5, 5))  # fmt: skip
+        assert float(((x - 0.3) ** 2).sum()) < 3
+
+
+def test_a_million_rounds_are_not_written_out() -> None:
+    result, _ = run("cycle(adam(steps=2) > cmaes(evaluations=9), rounds=1000000)", 30)
+    assert len(result.notes[-1]) < 200

@@ -111,6 +111,9 @@ def test_limits_leave_the_rule() -> None:
         ("adam until gradient_norm(0)", "expected tolerance to be a number > 0, got 0", 12),
         ("adam until (plateau(5) | target(1)", "to close the group of rules", 35),
         ("adam(evaluations=0%)", "a percentage above 0 and at most 100, got 0", 18),
+        ("adam until steps(20%)", "expected a number of steps, got a share, 20%", 12),
+        ("adam until target(20%)", "expected a number of target, got a share, 20%", 12),
+        ("adam until evaluations(-5) & plateau(3)", "expected evaluations > 0, got -5", 12),
         ("adam(target=5%)", "expected a loss as target, got 5%", 1),
         ("adam(evaluations=9, handover=some)", "expected handover to be all or point, got 'some'", 1),
         (
@@ -134,6 +137,8 @@ def test_what_is_no_rule() -> None:
         method("adam").limit(evaluation=4)
     with pytest.raises(BudgetError, match="expected a percentage such as '20%', got 'many'"):
         evaluations("many")
+    with pytest.raises(BudgetError, match=r"expected a percentage such as '20%', got '1\.2\.3%'"):
+        evaluations("1.2.3%")
 
 
 # -- shares of a budget ------------------------------------------------------------------------------------------
@@ -357,3 +362,18 @@ def test_rules_are_switches() -> None:
         assert isinstance(rule, Switch)
         assert hash(rule) == hash(rule)
     assert math.isinf(Ledger().best_loss)
+
+
+def test_a_plateau_waits_for_the_constraints() -> None:
+    """While the violation falls the loss may rise."""
+
+    def constraint(x: Tensor) -> Tensor:
+        return x.sum() - 2
+
+    x = [0.1, 0.1, 0.1]
+    options = {"constraints": constraint, "x0": x, "bounds": None, "loss": lambda x: (x**2).sum()}
+    alone = stages("slsqp until converged", 300, **options)[0]
+    ruled = stages("slsqp until plateau(2)", 300, **options)[0]
+    assert ruled.best_loss == pytest.approx(alone.best_loss, rel=1e-4)
+    missed = stages("slsqp until target(1.0) & evaluations(1)", 300, **options)[0]
+    assert missed.reason is Reason.CONVERGED  # the start has a lower loss, and breaks the constraint

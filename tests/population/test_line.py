@@ -91,3 +91,14 @@ def test_bad_options(options: dict[str, Any]) -> None:
 def test_it_needs_a_box() -> None:
     with pytest.raises(BoundsError, match="coordinate_search: expected finite bounds"):
         hybridopt.minimize(rastrigin, np.zeros(2), "coordinate_search", budget=9, seed=0)
+
+
+def test_ends_without_a_finite_loss() -> None:
+    def loss(x: np.ndarray) -> float:
+        return float("nan") if abs(x).max() > 4 else rastrigin(x)
+
+    with pytest.warns(RuntimeWarning):
+        result = hybridopt.minimize(
+            loss, np.full(2, 3.0), "coordinate_search", budget=600, bounds=(-5, 5), seed=0
+        )
+    assert result.best_loss < 1e-4
