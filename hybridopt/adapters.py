@@ -8,6 +8,7 @@ from hybridopt.registry import BUILTIN, factory
 
 if TYPE_CHECKING:
     from hybridopt_cma import CMAES
+    from hybridopt_optuna import TPE, OptunaCMAES
     from hybridopt_pyswarm import PSO
     from hybridopt_scipy import (
         BFGS,
@@ -53,9 +54,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "BFGS", "BasinHopping", "CG",
     "CMAES", "COBYLA", "COBYQA", "DIRECT", "DifferentialEvolution", "Dogleg", "DualAnnealing", "LBFGS",
-    "LBFGSB", "LeastSquares", "Muon", "NAdam", "NelderMead", "NewtonCG", "PSO", "Powell", "RAdam", "RMSprop",
-    "Rprop", "SGD", "SHGO", "SLSQP", "SparseAdam", "TNC", "TrustConstr", "TrustExact", "TrustKrylov",
-    "TrustNCG",
+    "LBFGSB", "LeastSquares", "Muon", "NAdam", "NelderMead", "NewtonCG", "OptunaCMAES", "PSO", "Powell",
+    "RAdam", "RMSprop", "Rprop", "SGD", "SHGO", "SLSQP", "SparseAdam", "TNC", "TPE", "TrustConstr",
+    "TrustExact", "TrustKrylov", "TrustNCG",
 ]  # fmt: skip
 
 # a name with a dot belongs to an outside library

@@ -51,6 +51,8 @@ BUILTIN: dict[str, str] = {
     "random_search": "hybridopt.population.sampling:RandomSearch",
     "sobol": "hybridopt.population.sampling:SobolSearch",
     "cma.cmaes": "hybridopt_cma:CMAES",
+    "optuna.cmaes": "hybridopt_optuna:OptunaCMAES",
+    "optuna.tpe": "hybridopt_optuna:TPE",
     "pyswarm.pso": "hybridopt_pyswarm:PSO",
     "scipy.basinhopping": "hybridopt_scipy:BasinHopping",
     "scipy.bfgs": "hybridopt_scipy:BFGS",

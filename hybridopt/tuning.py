@@ -296,6 +296,11 @@ class _Trials(Objective):
         self.settled = 0
         super().__init__(self._loss, space.vector(start), batch="loop", keep="best")
 
+    @property
+    def differentiable(self) -> bool:
+        """Never: a training run has no gradient."""
+        return False
+
     def begin(self, pool: concurrent.futures.Executor | None, seed: int) -> None:
         """Take the workers."""
         self._pool, self.study_seed = pool, seed
