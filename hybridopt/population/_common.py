@@ -36,11 +36,11 @@ def spread(start: Start, sigma: float | None) -> FloatArray:
     predecessor handed over, but a tenth of the former at least: one that has converged hands over next to nothing. A
     handed-over shape is put on either.
     """
-    if sigma is not None:
-        return np.full(start.n, float(sigma))
     width = start.upper - start.lower
     size = np.where(np.isfinite(width), 0.3 * width, 0.5)
-    if start.sigma is not None:
+    if sigma is not None:
+        size = np.full(start.n, float(sigma))
+    elif start.sigma is not None:
         size = np.maximum(start.sigma, size / 10)
     if start.covariance is None:
         return size
@@ -49,13 +49,13 @@ def spread(start: Start, sigma: float | None) -> FloatArray:
     return stds
 
 
-def correlated(start: Start, sigma: float | None) -> FloatArray | None:
+def correlated(start: Start) -> FloatArray | None:
     """The lower Cholesky factor of the correlations that a predecessor handed over, shape (n, n).
 
-    None where there are none, where they are not positive definite, or where `sigma` is given, which says more.
+    None where there are none, or where they are not positive definite.
     """
     C = start.covariance
-    if C is None or C.ndim == 1 or sigma is not None:
+    if C is None or C.ndim == 1:
         return None
     stds = np.sqrt(C.diagonal())
     try:
@@ -84,7 +84,7 @@ def first_points(start: Start, popsize: int, rng: np.random.Generator) -> FloatA
     """A first population, shape (popsize, n): the start, then points drawn uniformly from the box.
 
     Where a predecessor handed a spread over they are normal about the start, mirrored at the bounds. Good points that
-    it handed over take up to half of the places.
+    it handed over take a tenth of the places: more of them, close together, would end the search where it begins.
     """
     if start.sigma is None:
         x = start.lower + rng.random((popsize, start.n)) * (start.upper - start.lower)
@@ -92,7 +92,7 @@ def first_points(start: Start, popsize: int, rng: np.random.Generator) -> FloatA
         x = mirror(start, start.x0 + spread(start, None) * rng.standard_normal((popsize, start.n)))
     x[0] = start.x0
     if start.points is not None:
-        known = start.points[(start.points != start.x0).any(1)][: popsize // 2]
+        known = start.points[(start.points != start.x0).any(1)][: max(1, popsize // 10)]
         x[1 : 1 + len(known)] = known
     return start.clip(x)
 

@@ -181,7 +181,7 @@ class Search(Strategy):
         self.large = self.last_large = method.points(start.n)
         self.small = False
         self._begin(self.space.outside(start.x0), self.sigma0, self.large)
-        factor = correlated(start, method.sigma)
+        factor = correlated(start)
         if factor is not None and isinstance(self.shape, Full):
             self.shape = Full.of(factor)
 

@@ -152,7 +152,7 @@ class XNES(_NES):
 
     def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
         """See `PopulationMethod.begin`."""
-        factor = correlated(start, self.sigma)
+        factor = correlated(start)
         B = np.diag(spread(start, self.sigma))
         if factor is not None:
             B = B @ factor
