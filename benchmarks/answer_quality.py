@@ -151,7 +151,7 @@ def solve_mgh(job: tuple[str, int]) -> tuple[int | None, float]:
     if not listed and result.best_loss > min(goals):
         return None, result.best_loss
     reached = min((g for g in goals if result.best_loss <= g), default=result.best_loss)
-    losses = [row.loss for row in tracker.runs[0]]
+    losses = tracker.runs[0].column("loss")
     return next((i for i, loss in enumerate(losses, 1) if loss <= reached), len(losses)), result.best_loss
 
 

@@ -82,10 +82,15 @@ def choose(objective: Objective) -> tuple[str, str]:
         if n > MANY and vector.integer is None:
             return "adam", f"adam, since {n} weights have gradients"
         local = "slsqp" if n <= DENSE else "lbfgsb"
-        if not boxed or n > DENSE:
+        if n > DENSE:
             return (
                 f"restart({local})",
                 f"scipy.{local} from perturbed best points, since there may be gradients",
+            )
+        if not boxed:
+            return (
+                f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local})",
+                f"scipy.{local} from points about the start, then from perturbed best ones, since there may be gradients",
             )
         return (
             f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local}, evaluations=25%) > "

@@ -27,7 +27,7 @@ def gradients(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "loss, n, bounds, budget, first, why",
     [
-        (gradients, 3, None, 500, "restart(slsqp)", "there may be gradients"),
+        (gradients, 3, None, 500, "restart(slsqp, begin_at=uniform, evaluations=50%)", "about the start"),
         (gradients, 3, BOX, 500, "restart(slsqp, begin_at=uniform, evaluations=50%)", "have a box"),
         (gradients, 400, BOX, 500, "restart(lbfgsb)", "there may be gradients"),
         (gradients, 30_000, BOX, 500, "adam", "30000 weights have gradients"),
