@@ -90,7 +90,8 @@ def choose(objective: Objective) -> tuple[str, str]:
         if not boxed:
             return (
                 f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local})",
-                f"scipy.{local} from points about the start, then from perturbed best ones, since there may be gradients",
+                f"scipy.{local} from points about the start, then from perturbed best ones, since there may be "
+                "gradients",
             )
         return (
             f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local}, evaluations=25%) > "
