@@ -110,13 +110,13 @@ def choose(objective: Objective) -> tuple[str, str]:
     each = _each(objective) / n
     if each < 100:
         return (
-            "restart(slsqp, begin_at=uniform)",
+            "restart(slsqp(ftol=1e-11), begin_at=uniform)",
             f"scipy.slsqp from random points, since {each:.0f} evaluations a weight are few",
         )
     first, lines = (25, 15) if each >= 500 else (55, 20)
     return (
-        f"restart(slsqp, begin_at=uniform, evaluations={first}%) > coordinate_search(evaluations={lines}%) > "
-        "cmaes(restarts=bipop)",
+        f"restart(slsqp(ftol=1e-11), begin_at=uniform, evaluations={first}%) > "
+        f"coordinate_search(evaluations={lines}%) > cmaes(restarts=bipop)",
         "scipy.slsqp from random points, coordinate_search, then cmaes, since there are no gradients",
     )
 
