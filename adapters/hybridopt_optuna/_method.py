@@ -103,7 +103,7 @@ class TPE(OptunaMethod):
     """Samples where good points are denser than bad ones (Bergstra et al. 2011), `optuna.samplers.TPESampler`.
 
     For few evaluations of dear losses, whole numbers among the weights included. The time a point takes grows with
-    the points known, about 1 ms for each hundred of them; with hundreds of evaluations CMA-ES finds more. Saved states
+    the points known; with hundreds of evaluations CMA-ES finds more. Saved states
     take as long to revive as they took to make.
 
     Args:
