@@ -76,7 +76,12 @@ class LossQuantity:
 
     def ignored(self, slope: FloatArray, names: Names) -> frozenset[str]:
         """Tensors that no loss of interest does not depend on."""
-        return frozenset(repr(name) for name, a, b in names if not slope[:, a:b].any())
+        return _flat(slope, names)
+
+
+def _flat(slope: FloatArray, names: Names) -> frozenset[str]:
+    """Tensors on which none of the numbers depends."""
+    return frozenset(repr(name) for name, a, b in names if not slope[:, a:b].any())
 
 
 class ResidualQuantity:
@@ -101,7 +106,7 @@ class ResidualQuantity:
 
     def ignored(self, slope: FloatArray, names: Names) -> frozenset[str]:
         """Tensors that no residual depends on."""
-        return frozenset(repr(name) for name, a, b in names if not slope[:, a:b].any())
+        return _flat(slope, names)
 
 
 class ConstraintQuantity:

@@ -121,7 +121,7 @@ class MultiStart(Method):
         from scipy.special import ndtri
         from scipy.stats import qmc
 
-        from hybridopt.population._common import mirror, spread
+        from hybridopt.population._common import in_box, mirror, spread
 
         start = Start.at(vector, seed, warm)
         rng = np.random.default_rng(derive_seed(seed, "starts"))
@@ -139,9 +139,7 @@ class MultiStart(Method):
         normal = ndtri(np.clip(u, 2.0**-53, 1 - 2.0**-53))
         x = mirror(start, start.x0 + spread(start, self.sigma) * normal)
         if self.begin_at != "normal":
-            boxed = np.isfinite(start.lower) & np.isfinite(start.upper)
-            with np.errstate(invalid="ignore"):
-                x = np.where(boxed, start.lower + u * (start.upper - start.lower), x)
+            x = in_box(start, u, x)
         return np.concatenate([start.x0[None], start.clip(x)])
 
     def call(self, limits: Mapping[str, Any] = MappingProxyType({})) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from hybridopt.compose._halving import Entry, Halving, Turns
 from hybridopt.compose.stage import gather
 from hybridopt.errors import MethodError
-from hybridopt.optimizer import HandOver, Method, Need, Optimizer
+from hybridopt.optimizer import HandOver, Method, Optimizer
 from hybridopt.randomness import derive_seed
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
@@ -68,8 +68,6 @@ class Race(Method):
         Halving.check(self)
         gather(self, self.methods)
         object.__setattr__(self, "takes", frozenset[str]().union(*(m.takes for m in self.methods)))
-        if not all(Need.CONSTRAINTS in m.uses for m in self.methods):  # the winner might break them
-            object.__setattr__(self, "uses", self.uses - {Need.CONSTRAINTS})
 
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
         """See `Method.start`."""

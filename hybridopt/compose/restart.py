@@ -119,17 +119,14 @@ class Restart(Sequence):
             return best
         if self.begin_at == "start":
             return HandOver(origin)
-        from hybridopt.population._common import mirror, spread  # its package imports SciPy
+        from hybridopt.population._common import in_box, mirror, spread  # its package imports SciPy
 
         start = Start.at(vector, seed, HandOver(origin if self.begin_at == "uniform" else best.x))
         rng = np.random.default_rng(seed)
         steps = spread(start, self.sigma) * rng.standard_normal(start.n)
         x = mirror(start, start.x0 + steps)
         if self.begin_at == "uniform":
-            boxed = np.isfinite(start.lower) & np.isfinite(start.upper)
-            with np.errstate(invalid="ignore"):
-                drawn = start.lower + rng.random(start.n) * (start.upper - start.lower)
-            x = np.where(boxed, drawn, x)
+            x = in_box(start, rng.random(start.n), x)
         return HandOver(start.clip(x))
 
     def call(self, limits: Mapping[str, Any] = MappingProxyType({})) -> str:

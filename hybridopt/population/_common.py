@@ -97,6 +97,14 @@ def first_points(start: Start, popsize: int, rng: np.random.Generator) -> FloatA
     return start.clip(x)
 
 
+def in_box(start: Start, u: FloatArray, otherwise: FloatArray) -> FloatArray:
+    """Points `u` of the unit cube put into the box, shape (..., n); weights without one as in `otherwise`."""
+    boxed = np.isfinite(start.lower) & np.isfinite(start.upper)
+    with np.errstate(invalid="ignore"):
+        x: FloatArray = np.where(boxed, start.lower + u * (start.upper - start.lower), otherwise)
+    return x
+
+
 def mirror(start: Start, x: FloatArray) -> FloatArray:
     """Points outside the bounds reflected at them, as often as it takes, shape (..., n)."""
     if not start.bounded:
