@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hybridopt import randomness
 from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, StateError, Stop
 from hybridopt.ledger import Budget, Reason
 from hybridopt.objective import Objective
@@ -59,7 +60,7 @@ class Run:
         if method is None:
             raise MethodError("minimize: expected a method, e.g. a name that `hybridopt methods` lists")
         self.method = read_method(method)
-        self.seed = _draw_seed() if seed is None else _checked_seed(seed)
+        self.seed = randomness.draw_seed() if seed is None else _checked_seed(seed)
         limits = Budget.parse(budget)
         if isinstance(loss, Objective):
             if target is not None or objective:
@@ -371,10 +372,6 @@ def _require_skills(method: Method, objective: Objective) -> None:
                 f"{part.label}: expected a loss that returns residuals, of which it makes the squares small: pass "
                 "residuals=True and return the residuals themselves"
             )
-
-
-def _draw_seed() -> int:
-    return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
 
 
 def _checked_seed(seed: Any) -> int:

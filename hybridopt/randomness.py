@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import weakref
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,11 @@ _set_bit_generator = np.random.set_bit_generator  # type: ignore[attr-defined]
 
 NoisePolicy = Literal["shared", "independent", "fixed"]
 NOISE_POLICIES: tuple[NoisePolicy, ...] = ("shared", "independent", "fixed")
+
+
+def draw_seed() -> int:
+    """A seed for who gave none, from the operating system: no generator of the caller's is moved by it."""
+    return int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
 
 
 def derive_seed(seed: int, *path: int | str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,6 +22,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from hybridopt import randomness
 from hybridopt.errors import MethodError, ObjectiveError, Stop
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Kind, Method, Need, Optimizer, Request, leaves
@@ -162,7 +162,7 @@ class HybridSampler(BaseSampler):
         with self._lock:
             known = study._storage.get_study_system_attrs(study._study_id).get(SEED)
             if known is None:
-                known = int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
+                known = randomness.draw_seed()
                 study._storage.set_study_system_attr(study._study_id, SEED, known)
             return int(known)
 
