@@ -4,7 +4,8 @@ Run: OMP_NUM_THREADS=1 python benchmarks/population_batch.py [--rounds 15]
 
 `by hand` is the loop everybody writes: put each weight tensor into the model, forward without gradients, `.item()`.
 `vmap alone` is a bare `torch.func.vmap` over `functional_call`, as a floor for one forward without any harness.
-Beside `batch` (the default, as many rows a forward as the allowance takes) other sizes show what the choice costs.
+Beside `batch` (the default, as many rows a forward as the allowance takes) other sizes show what the choice costs;
+`compiled` is `batch="compiled"`, after its compilation.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def tasks(problem: Problem, sizes: tuple[int, ...]) -> tuple[dict[str, Callable[
         "vmap alone": vmap_alone,
         "objective, loop": ours("loop"),
         "objective, batch": ours("auto"),
+        "objective, compiled": ours("compiled"),
         **{f"objective, {size} rows a forward": ours(size) for size in sizes},
     }
     expected = by_hand()

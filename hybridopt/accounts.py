@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from hybridopt.errors import NonFiniteLoss, Stop
 from hybridopt.ledger import Ledger, Reason, Shadow
+from hybridopt.vector import FloatArray
 
 NONFINITE_PATIENCE = 30  # questions in a row without a finite loss before a run or stage ends
 
@@ -88,7 +89,7 @@ class Accounts:
             listener.evaluated(self.ledger, ledgers[1:], value, probe)
 
     def book_many(
-        self, ledgers: Sequence[Ledger], values: Sequence[float], lowest: int, backward: int, probe: bool
+        self, ledgers: Sequence[Ledger], values: FloatArray, lowest: int, backward: int, probe: bool
     ) -> None:
         """Count evaluations of finite losses, each of a forward and so many backwards, that no listener hears of.
 
@@ -101,11 +102,11 @@ class Accounts:
         self.pay(ledgers, len(values), len(values) * backward)
         for ledger in ledgers:
             ledger.evaluations += lowest
-            ledger.book(values[lowest], probe, self.source)
+            ledger.book(float(values[lowest]), probe, self.source)
             ledger.evaluations += rest - lowest
-            ledger.worst_loss = max(ledger.worst_loss, *values)
+            ledger.worst_loss = max(ledger.worst_loss, float(values.max()))
             if not probe:
-                ledger.last_loss = values[-1]
+                ledger.last_loss = float(values[-1])
 
     def reject(self, value: float, start: bool, what: str = "loss") -> None:
         """Say that the evaluation just booked was not finite: once as a warning, or as an error where asked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from hybridopt.errors import ObjectiveError, StateError
 from hybridopt.evaluation import Evaluation
-from hybridopt.forms import Form, Loss, as_scalar
+from hybridopt.forms import Form
+from hybridopt.program import Noise, Program, compiled, program
 from hybridopt.vector import FloatArray, ParameterVector
 
-Choice: TypeAlias = Literal["auto", "vmap", "loop"] | int
+Choice: TypeAlias = Literal["auto", "vmap", "compiled", "loop"] | int
 
 ALLOWANCE = {"cpu": 2**28, "cuda": 2**31}  # bytes that the operations of one forward may produce
 ULPS = 256  # by which a batched loss may differ from the looped one, in units of the weights' precision
@@ -39,14 +40,15 @@ class Batch:
         gradients: whether gradients are computed beside the losses.
 
     Raises:
-        ObjectiveError: `choice` is none, or it is `"vmap"` and this loss can never be batched.
+        ObjectiveError: `choice` is none, or it is `"vmap"` or `"compiled"` and this loss can never be batched.
     """
 
     def __init__(self, evaluation: Evaluation, choice: Choice, gradients: bool = False) -> None:
         whole = isinstance(choice, int) and not isinstance(choice, bool) and choice > 0
-        if not whole and choice not in ("auto", "vmap", "loop"):
+        if not whole and choice not in ("auto", "vmap", "compiled", "loop"):
             raise ObjectiveError(
-                f"batch: expected 'auto', 'vmap', 'loop' or a number of rows per forward, got {choice!r}"
+                "batch: expected 'auto', 'vmap', 'compiled', 'loop' or a number of rows per forward, got "
+                f"{choice!r}"
             )
         self._evaluation = evaluation
         self._gradients = gradients
@@ -59,16 +61,24 @@ class Batch:
         self.wanted = False
         """Whether a population was asked for that is worth a batch."""
         self._shrunk: list[str] = []
-        function = _of_weights(evaluation.loss, evaluation.vector.names)
-        if gradients:
-            everything = tuple(range(len(evaluation.vector.names)))
-            function = torch.func.grad_and_value(function, argnums=everything)
-        self._batched = {noise: torch.func.vmap(function, randomness=noise) for noise in ("same", "error")}
+        noises: tuple[Noise, ...] = ("same", "error")
+        self._plain = {n: program(evaluation.loss, evaluation.vector, gradients, n) for n in noises}
+        self._compiled: dict[Noise, Program] | None = None
         reason = 'batch="loop"' if choice == "loop" else self._hindrance()
         if reason:
-            if choice == "vmap" and not gradients:
-                raise ObjectiveError(f'batch: expected a loss that can be batched for "vmap"; {reason}')
+            if self.demanded and not gradients:
+                raise ObjectiveError(f'batch: expected a loss that can be batched for "{choice}"; {reason}')
             self.way, self.reason = "loop", reason
+
+    @property
+    def price(self) -> int:
+        """Forwards of the check."""
+        return 4 if self.choice == "compiled" else 2
+
+    @property
+    def demanded(self) -> bool:
+        """Whether it is an error if there can be no batch."""
+        return self.choice in ("vmap", "compiled")
 
     def _hindrance(self) -> str:
         """Why this loss can never be batched, as far as that is known without calling it."""
@@ -95,12 +105,13 @@ class Batch:
 
     def __repr__(self) -> str:
         if self.way == "vmap":
-            return f"populations {self.rows} rows a forward"
+            compiled = ", compiled" if self.choice == "compiled" else ""
+            return f"populations {self.rows} rows a forward{compiled}"
         return f"populations one by one ({self.reason})" if self.reason else "populations not asked yet"
 
     # -- one forward of many points -----------------------------------------------------------------------------
 
-    def evaluate(self, x: FloatArray, fresh: bool) -> tuple[list[float], FloatArray | None]:
+    def evaluate(self, x: FloatArray, fresh: bool) -> tuple[FloatArray, FloatArray | None]:
         """The losses of all rows, and their gradients if this batch is for gradients. The weights stay in place.
 
         Under `vmap` a random number is drawn once for all rows, as the loop draws the same for each under the
@@ -111,18 +122,21 @@ class Batch:
             fresh: whether the loss draws new random numbers.
 
         Returns:
-            The losses, and None or the gradients, shape (rows, n), in solver coordinates.
+            The losses, shape (rows,), and None or the gradients, shape (rows, n), in solver coordinates.
         """
         evaluation, random = self._evaluation, self._evaluation.randomness
-        members = self._members(x)
-        batched = self._batched["error" if random.policy == "independent" else "same"]
+        rows = len(x)
+        if self._compiled is not None and rows < self.rows:  # a program is for one number of rows
+            x = x[np.minimum(np.arange(self.rows), rows - 1)]
+        batched = (self._compiled or self._plain)["error" if random.policy == "independent" else "same"]
+        flat = torch.from_numpy(x.copy())  # memory of its own: a loss may write into its weights
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eval mode knows no batches
         evaluation.guard.lend_buffers()
         random.begin(fresh)
         try:
             with torch.set_grad_enabled(self._gradients or evaluation.differentiates):
-                told = batched(*members)
+                told = batched(flat)
         finally:
             random.end()
             torch.backends.mha.set_fastpath_enabled(fused)
@@ -130,22 +144,9 @@ class Batch:
             evaluation.guard.settle_buffers(False)
         evaluation.aux = None
         gradients, losses = told if self._gradients else (None, told)
-        return losses.to("cpu", torch.float64).tolist(), self._flat(gradients, x)
-
-    def _members(self, x: FloatArray) -> list[Tensor]:
-        """Each weight with a first dimension for the rows, in its own dtype, rounded as when written.
-
-        The memory is its own: a loss may write into its weights.
-        """
-        vector = self._evaluation.vector
-        flat = torch.tensor(x)
-        if len({(t.device, t.dtype) for t in vector.tensors}) == 1:
-            flat = flat.to(vector.tensors[0].device, vector.tensors[0].dtype)  # one transfer for all
-        parts = torch.split(flat, list(vector.sizes), dim=1)
-        return [
-            part.to(t.device, t.dtype).view(len(x), *t.shape)
-            for part, t in zip(parts, vector.tensors, strict=True)
-        ]
+        slopes = self._flat(gradients, x)
+        values: FloatArray = losses[:rows].detach().to("cpu", torch.float64).numpy()
+        return values, None if slopes is None else slopes[:rows]
 
     def _flat(self, gradients: Sequence[Tensor] | None, x: FloatArray) -> FloatArray | None:
         if gradients is None:
@@ -157,7 +158,9 @@ class Batch:
 
     # -- which way ----------------------------------------------------------------------------------------------
 
-    def verify(self, x: FloatArray, losses: Sequence[float], gradients: FloatArray | None = None) -> bool:
+    def verify(
+        self, x: FloatArray, losses: Sequence[float], gradients: FloatArray | None = None, members: int = 2
+    ) -> int:
         """Decide the way: one forward of two points must tell what they were told one by one.
 
         Meanwhile the model's own weights are nan, so that a loss which reads them past its argument (a captured
@@ -167,14 +170,15 @@ class Batch:
             x: weights, shape (2, n).
             losses: of the two, finite, with the random numbers that a question which is not fresh draws.
             gradients: of the two, shape (2, n), if this batch is for gradients.
+            members: of the population, which is what a compiled forward takes.
 
         Returns:
-            Whether the two forwards were begun (and must be paid for).
+            The forwards that were begun (and must be paid for).
         """
         evaluation = self._evaluation
         if evaluation.randomness.policy == "independent" and evaluation.randomness.used:
             self.leave('noise="independent": every member draws numbers of its own')
-            return False
+            return 0
         produced, kept = _Produced(), _Kept()
         hidden = _no_hidden_loops() if self.choice == "auto" else contextlib.nullcontext()
         try:
@@ -183,21 +187,47 @@ class Batch:
         except Exception as error:  # noqa: BLE001 - whatever a loss raises under vmap, the loop can do without
             kept.settle()
             self.leave(error)
-            return True
-        eps = max(torch.finfo(t.dtype).eps for t in evaluation.vector.tensors)
-        near = ULPS * eps * max(map(abs, losses))
-        off = [i for i in (0, 1) if not abs(told[i] - losses[i]) <= near]
+            return 2
         if kept.settle():
             self.leave("the loss keeps tensors of its forward (a history, a running mean, a hidden state)")
-        elif off:
-            self.leave(
-                f"one forward for two members told {told[off[0]]!r} where one alone is {losses[off[0]]!r}"
-            )
-        elif gradients is not None and slopes is not None and not _close(slopes, gradients, ULPS * eps):
-            self.leave("one forward and backward for two members told other gradients than one alone")
+        elif off := self._off(told, slopes, losses, gradients):
+            self.leave(off)
         else:
-            self._settle(produced.bytes // 2 + 1)
-        return True
+            self._settle((x.nbytes + produced.bytes) // 2 + 1)
+        if self.choice != "compiled":
+            return 2
+        self.rows = min(self.rows, max(2, members))
+        self._compile()
+        try:
+            with evaluation.undone_on_error(), _unreadable(evaluation.vector):
+                told, slopes = self.evaluate(x, fresh=False)
+        except Exception as error:  # noqa: BLE001 - as above, and whatever the compiler cannot do
+            self.leave(error)
+        if off := self._off(told, slopes, losses, gradients):
+            self.leave(off)
+        return 4
+
+    def _off(
+        self,
+        told: FloatArray,
+        slopes: FloatArray | None,
+        losses: Sequence[float],
+        gradients: FloatArray | None,
+    ) -> str:
+        """In what a forward of two points differs from one at a time; "" if in nothing."""
+        eps = max(torch.finfo(t.dtype).eps for t in self._evaluation.vector.tensors)
+        near = ULPS * eps * max(map(abs, losses))
+        off = [i for i in (0, 1) if not abs(told[i] - losses[i]) <= near]
+        if off:
+            return f"one forward for two members told {float(told[off[0]])!r} where one alone is {losses[off[0]]!r}"
+        if gradients is not None and slopes is not None and not _close(slopes, gradients, ULPS * eps):
+            return "one forward and backward for two members told other gradients than one alone"
+        return ""
+
+    def _compile(self) -> None:
+        """Compile the forward from now on."""
+        on_gpu = any(t.is_cuda for t in self._evaluation.vector.tensors)
+        self._compiled = {noise: compiled(plain, on_gpu) for noise, plain in self._plain.items()}
 
     def _settle(self, size: int) -> None:
         """Take batches from now on, where operations produce `size` bytes for one member."""
@@ -216,8 +246,10 @@ class Batch:
         """
         cause = reason if isinstance(reason, Exception) else None
         text = reason if isinstance(reason, str) else _first_line(reason)
-        if self.choice == "vmap":
-            raise ObjectiveError(f'batch: expected a loss that can be batched for "vmap"; {text}') from cause
+        if self.demanded:
+            raise ObjectiveError(
+                f'batch: expected a loss that can be batched for "{self.choice}"; {text}'
+            ) from cause
         self.way, self.reason = "loop", text
 
     def shrink(self, rows: int, evaluation: int) -> None:
@@ -251,19 +283,9 @@ class Batch:
             raise StateError(f"state: its populations were evaluated in batches; here {self._hindrance()}")
         self.choice, self.way, self.rows = state["choice"], state["way"], state["rows"]
         self.reason, self.wanted, self._shrunk = state["reason"], state["wanted"], list(state["shrunk"])
-
-
-def _of_weights(loss: Loss, names: Sequence[str]) -> Callable[..., Any]:
-    """The loss as a function of one tensor per weight that returns a tensor without dimensions."""
-
-    def function(*weights: Tensor) -> Tensor:
-        assert loss.functional is not None
-        value = as_scalar(loss.functional(dict(zip(names, weights, strict=True))))
-        if torch.func.debug_unwrap(value) is value:
-            raise ObjectiveError("the loss does not depend on the weights that it is given")
-        return value
-
-    return function
+        self._compiled = None
+        if self.way == "vmap" and self.choice == "compiled":
+            self._compile()
 
 
 class _Produced(TorchDispatchMode):  # type: ignore[no-untyped-call]

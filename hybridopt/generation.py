@@ -149,10 +149,11 @@ class Generations:
     def _verify(self, begun: _Begun, pair: list[int], batch: Batch, ledgers: Sequence[Ledger]) -> None:
         """Decide between batches and one by one; not begun where the next row would not fit any more."""
         slopes = None if begun.gradients is None else np.array([begun.gradients[i] for i in pair])
-        backward = 0 if slopes is None else 2
-        self._accounts.check(ledgers, 1, 3, backward + backward // 2)
-        if batch.verify(self._evaluation.decoded(begun.x[pair]), [begun.losses[i] for i in pair], slopes):
-            self._accounts.pay(ledgers, 2, backward)
+        forward = batch.price
+        self._accounts.check(ledgers, 1, forward + 1, 0 if slopes is None else forward + 1)
+        x, losses = self._evaluation.decoded(begun.x[pair]), [begun.losses[i] for i in pair]
+        forward = batch.verify(x, losses, slopes, len(begun.x))
+        self._accounts.pay(ledgers, forward, 0 if slopes is None else forward)
 
     def _some(self, begun: _Begun, batch: Batch, probe: bool, ledgers: Sequence[Ledger]) -> bool:
         """The next batch, or as much of it as the limits allow; False if its rows were too many for the memory."""
@@ -169,7 +170,7 @@ class Generations:
             if out_of_memory(error):
                 batch.shrink(high - low, self._accounts.ledger.evaluations)
                 return False
-            if batch.choice == "vmap":
+            if batch.demanded:
                 raise
             # if the row raises alone too, the error is the loss's own; otherwise the batch is at fault
             self._one(begun, done, probe, ledgers)
@@ -187,7 +188,7 @@ class Generations:
         self,
         begun: _Begun,
         x: FloatArray,
-        values: Sequence[float],
+        values: FloatArray,
         slopes: FloatArray | None,
         probe: bool,
         ledgers: Sequence[Ledger],
@@ -201,13 +202,13 @@ class Generations:
             lowest = int(np.argmin(values))
             self._evaluation.imagine(x[lowest])
             self._accounts.book_many(ledgers, values, lowest, int(slopes is not None), probe)
-            begun.losses.extend(values)
+            begun.losses.extend(values.tolist())
             if slopes is not None and begun.gradients is not None:
                 begun.gradients.extend(slopes)
             return
         refused: NonFiniteLoss | None = None
         told = begun
-        for i, value in enumerate(values):
+        for i, value in enumerate(values.tolist()):
             self._evaluation.imagine(x[i])
             try:
                 if slopes is None:

@@ -65,7 +65,10 @@ class Objective:
             and for closures, losses of NumPy arrays, losses that keep tensors of a forward (a history, a
             running mean) and weights below float32, one by one; `notes` and `repr` say why. A number: as
             many members a forward, also where torch has no batched form of an operation and loops over it.
-            `"vmap"`: such operations too, and `ObjectiveError` where there can be no batch. `"loop"`: one
+            `"vmap"`: such operations too, and `ObjectiveError` where there can be no batch. `"compiled"`: likewise,
+            with that forward compiled by `torch.compile` for as many members as the first population has (larger
+            ones are cut, smaller ones filled up): seconds once and two more forwards, then less time where a model is
+            so small that calling its operations takes longer than they do; a CUDA graph on a GPU. `"loop"`: one
             by one, which a loss needs that counts its own calls.
         select, bounds, scale, integer, log: as in `ParameterVector`, when `target` is not one.
 

@@ -443,16 +443,19 @@ def test_the_reason_is_said_where_a_batch_was_expected() -> None:
 @pytest.mark.parametrize("name", ["item", "lstm", "batch norm, train", "captured: detached", "constant"])
 def test_where_a_batch_is_demanded_it_is_an_error_if_there_can_be_none(name: str) -> None:
     loss, target, reason, _ = CASES[name]()
-    with Objective(loss, target, batch="vmap") as objective:
-        with pytest.raises(ObjectiveError, match="batch: expected a loss that can be batched") as error:
-            objective.answer(ask(population(objective.vector)))
-        assert reason in str(error.value)
-        assert objective.ledger.evaluations == 2, "those of the comparison"
+    for choice in ("vmap", "compiled"):
+        with Objective(loss, target, batch=choice) as objective:  # type: ignore[arg-type]
+            with pytest.raises(ObjectiveError, match="batch: expected a loss that can be batched") as error:
+                objective.answer(ask(population(objective.vector)))
+            assert reason in str(error.value)
+            assert objective.ledger.evaluations == 2, "those of the comparison"
 
 
 @pytest.mark.parametrize("choice", ["fast", 0, -3, True, 2.5, None])
 def test_wrong_choices_are_said_clearly(choice: Any) -> None:
-    with pytest.raises(ObjectiveError, match=r"batch: expected 'auto', 'vmap', 'loop' or a number of rows"):
+    with pytest.raises(
+        ObjectiveError, match=r"batch: expected 'auto', 'vmap', 'compiled', 'loop' or a number of rows"
+    ):
         Objective(lambda x: x.sum(), torch.ones(2), batch=choice)
 
 
@@ -465,8 +468,118 @@ def test_wrong_choices_are_said_clearly(choice: Any) -> None:
     ],
 )
 def test_a_loss_that_never_can_be_batched_is_refused_at_once(loss: Any, target: Any) -> None:
-    with pytest.raises(ObjectiveError, match=r'batched for "vmap"; (a closure|a loss of a NumPy|with)'):
-        Objective(loss, target, batch="vmap")
+    for choice in ("vmap", "compiled"):
+        with pytest.raises(
+            ObjectiveError, match=rf'batched for "{choice}"; (a closure|a loss of a NumPy|with)'
+        ):
+            Objective(loss, target, batch=choice)  # type: ignore[arg-type]
+
+
+# -- compiled -----------------------------------------------------------------------------------------------------
+
+
+def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Compile without generating code, which takes seconds; the rows of every compiled forward."""
+    rows: list[int] = []
+    real = torch.compile
+
+    def compiled(function: Any, **options: Any) -> Any:
+        assert options.pop("options") == {"fallback_random": True, "triton.cudagraphs": False}
+        inner = real(function, backend="aot_eager", **options)
+
+        def forward(flat: Tensor) -> Any:
+            rows.append(len(flat))
+            return inner(flat)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["linear", "dropout", "convolution", "embedding"])
+def test_a_compiled_forward_tells_what_one_by_one_tells(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = eager(monkeypatch)
+    loss, target, _, options = CASES[name]()
+    told = []
+    x = population(ParameterVector(target), 9)
+    for choice in ("compiled", "loop"):
+        with Objective(loss, target, batch=choice, **options) as objective:  # type: ignore[arg-type]
+            losses = [objective.answer(ask(part)).losses for part in (x[:8], x[4:], np.vstack([x, x]))]
+            told.append(np.concatenate([values for values in losses if values is not None]))
+            forward = 8 + 5 + 18
+            assert objective.ledger.evaluations == forward
+            if choice == "compiled":
+                assert "populations 8 rows a forward, compiled" in repr(objective)
+                assert objective.ledger.forward == forward + 4, "two checks of two"
+    np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
+    assert set(rows) == {8}, "one program for all sizes"
+    assert len(rows) == 1 + 1 + 1 + 3
+
+
+def test_a_compiled_forward_sees_the_batch_that_the_loss_draws_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+    data = {"now": torch.tensor([1.0, 2.0])}
+    with Objective(lambda x: (x * data["now"]).sum(), torch.ones(2), batch="compiled") as objective:
+        x = np.ones((5, 2))
+        first = objective.answer(ask(x)).losses
+        data["now"] = torch.tensor([3.0, 4.0])
+        second = objective.answer(ask(x)).losses
+    assert first is not None
+    assert second is not None
+    assert (first.tolist(), second.tolist()) == ([3] * 5, [7] * 5)
+
+
+def test_many_compiled_losses_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+    for n in range(1, 13):  # torch keeps at most eight programs of one code object
+        with Objective(lambda x: (x**2).sum(), torch.ones(n), batch="compiled") as objective:
+            assert objective.answer(ask(np.ones((4, n)))).losses is not None
+
+
+def test_a_compiled_state_goes_on_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = eager(monkeypatch)
+    with Objective(lambda x: (x**2).sum(), torch.ones(3), batch="compiled") as objective:
+        x = population(objective.vector, 6)
+        objective.answer(ask(x))
+        state = through_a_file(objective.state_dict())
+        after = objective.answer(ask(x[:4])).losses
+    rows.clear()
+    with Objective(lambda x: (x**2).sum(), torch.ones(3)) as other:
+        other.load_state_dict(state)
+        again = other.answer(ask(x[:4])).losses
+    assert after is not None
+    assert again is not None
+    assert bits(again) == bits(after)
+    assert rows == [6]
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+
+    def loss(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return (x**2).sum()
+
+    with (
+        Objective(loss, torch.ones(2), batch="compiled") as objective,
+        pytest.raises(ObjectiveError, match=r'batched for "compiled"; '),
+    ):
+        objective.answer(ask(np.ones((5, 2))))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, about itself
+def test_generated_code_tells_what_one_by_one_tells() -> None:
+    told = []
+    model = network()
+    x = population(ParameterVector(model), 9)
+    for choice in ("compiled", "loop"):
+        with Objective(on(INPUTS), model, batch=choice, seed=1) as objective:  # type: ignore[arg-type]
+            losses, gradients = objective.values_and_gradients(x)
+            told.append((objective.answer(ask(x)).losses, losses, gradients))
+    for one, other in zip(*told, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
 # -- counting, cutting, going on --------------------------------------------------------------------------------------
@@ -482,10 +595,10 @@ def new(limits: Any = None, choice: Any = "auto", noise: Any = "shared") -> Obje
     objective = Objective(on(INPUTS), network(), limits, seed=3, batch=choice, noise=noise, keep="best")
     evaluate = objective._generations.batch.evaluate
 
-    def placed(x: FloatArray, fresh: bool) -> tuple[list[float], None]:
+    def placed(x: FloatArray, fresh: bool) -> tuple[FloatArray, None]:
         """As on a machine whose kernels round by the size of a batch and the place in it."""
         losses, _ = evaluate(x, fresh)
-        return [loss + 1e-9 * (100 * len(x) + i) for i, loss in enumerate(losses)], None
+        return losses + 1e-9 * (100 * len(x) + np.arange(len(x))), None
 
     objective._generations.batch.evaluate = placed  # type: ignore[method-assign]
     return objective
