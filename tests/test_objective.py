@@ -1347,7 +1347,7 @@ def test_a_state_of_other_weights_is_refused() -> None:
         ({"noise": "none"}, r"noise: expected one of 'shared', 'independent', 'fixed', got 'none'"),
         (
             {"batch": "fast"},
-            r"batch: expected 'auto', 'vmap', 'loop' or a number of rows per forward, got 'fast'",
+            r"batch: expected 'auto', 'vmap', 'compiled', 'loop' or a number of rows per forward, got 'fast'",
         ),
         ({"backward_cost": 0}, r"backward_cost: expected a number > 0, got 0"),
         ({"backward_cost": math.nan}, r"backward_cost: expected a number > 0, got nan"),
