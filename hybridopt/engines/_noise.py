@@ -32,18 +32,22 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def rounded(x: Tensor, stream: int) -> Tensor:
-    """float32 `x` as bfloat16, up with the probability that makes it right on average; in memory order."""
-    index = torch.arange(x.numel(), device=x.device)
-    noise = _mix(_mix(index & _MASK) ^ stream ^ ((index >> 32) * GOLDEN & _MASK)) & 0xFFFF
-    flat = torch.as_strided(x, (x.numel(),), (1,)).contiguous()
-    bits = flat.view(torch.int32).to(torch.int64) & _MASK
+def rounded(x: Tensor, stream: int, places: Tensor | None = None) -> Tensor:
+    """float32 `x` as bfloat16, up with the probability that makes it right on average.
+
+    `places`: the number of each element in its tensor; None = `x` is whole, and they follow each other in memory.
+    """
+    if places is None:
+        flat = torch.as_strided(x, (x.numel(),), (1,))
+        out = torch.empty_like(x, dtype=torch.bfloat16)
+        told = rounded(flat, stream, torch.arange(x.numel(), device=x.device))
+        torch.as_strided(out, (x.numel(),), (1,)).copy_(told)
+        return out
+    noise = _mix(_mix(places & _MASK) ^ stream ^ ((places >> 32) * GOLDEN & _MASK)) & 0xFFFF
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & _MASK
     up = (bits + noise) & 0xFFFF0000
     special = (bits & 0x7F800000) == 0x7F800000  # inf and nan have no neighbours to choose from
-    told = torch.where(special, flat, _float(up))
-    out = torch.empty_like(x, dtype=torch.bfloat16)
-    torch.as_strided(out, (x.numel(),), (1,)).copy_(told)
-    return out
+    return torch.where(special, x, _float(up)).to(torch.bfloat16)
 
 
 def _float(bits: Tensor) -> Tensor:

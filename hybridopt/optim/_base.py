@@ -6,7 +6,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -14,16 +13,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
-from hybridopt.engines._noise import GOLDEN
 from hybridopt.errors import MethodError
-from hybridopt.optim._extras import HALVES, Extras, StepOptions
+from hybridopt.optim._extended import Extended
+from hybridopt.optim._extras import StepOptions
 from hybridopt.optim._flat import Layout, NotFlat, flatten, own_memory
 from hybridopt.optim._guard import guarded_step
-from hybridopt.optim._implementation import Chosen
 from hybridopt.optim._plan import Broken, FirstStep, Ineligible, Plan, plans_for
 from hybridopt.optim._shards import Shards, sharded
 from hybridopt.optim._watch import END, Contents
-from hybridopt.optim._wide import cast_states, keep_precision, wide_step
 from hybridopt.rules import Rule
 
 # Private names of torch, and why: profiler_enabled keeps `Optimizer.step#...` in profiles without paying for the range
@@ -32,7 +29,7 @@ _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
-class FusedStep(Chosen):
+class FusedStep(Extended):
     """A torch optimizer whose `step` runs as one compiled loop wherever that gives torch's result.
 
     Mixed in before torch's own class: constructor checks, state keys, state dicts, schedulers, hooks and everything
@@ -47,13 +44,10 @@ class FusedStep(Chosen):
     _structure = _options = Contents(())
     _layout: Layout | None = None
     _live = False  # an option may change without being replaced
-    _extras = Extras()
-    _guarded = False  # gradients are read before the step
     _unscaling = False
     _shards: Shards | None = None
-    _shard_numbers: Mapping[Tensor, int] = MappingProxyType({})
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
-    _skipped: int | Tensor = 0
+    _flattens = True
 
     # -- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -65,11 +59,6 @@ class FusedStep(Chosen):
         """Values of `rule.flags` for a parameter group."""
         raise NotImplementedError
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps left out because a gradient was not finite (`nonfinite="skip"`); on a GPU, reading it waits."""
-        return int(self._skipped)
-
     def _flags_by_name(self, group: Mapping[str, Any]) -> dict[str, bool]:
         return dict(zip(self.rule.flags, map(bool, self._flags(group)), strict=True))
 
@@ -77,22 +66,16 @@ class FusedStep(Chosen):
         """Names of the elementwise states of a group."""
         return self.rule.active(self._flags_by_name(group))
 
-    def _streams(self, index: int) -> list[int]:
-        """What makes the noise of each weight of a group its own: its number in the optimizer, and its shard's."""
-        first = sum(len(group["params"]) for group in self.param_groups[:index])
-        params = self.param_groups[index]["params"]
-        return [number + GOLDEN * self._shard_numbers.get(p, 0) for number, p in enumerate(params, first)]
+    def _numbers(self) -> tuple[str, ...]:
+        return self.rule.scalar_state
+
+    def _counts(self) -> bool:
+        return self.rule.counts
 
     def _configure(
         self, options: StepOptions, foreach: bool | None = None, fused: bool | None = None
     ) -> None:
-        """Settle what every class here takes beside torch's arguments; called at the end of `__init__`."""
-        rest: dict[str, Any] = dict(options)
-        implementation = rest.pop("implementation", "auto")
-        self._extras = Extras.of(type(self).__name__, rest)
-        self._guarded = self._extras.measured
-        cast_states(self)
-        self._choose(implementation, foreach, fused)
+        super()._configure(options, foreach, fused)
         if self._extras.flatten and self._implementation in ("reference", "foreach"):
             raise MethodError(
                 f"{type(self).__name__}: flatten is for the compiled step, but {self._implementation} was asked for; "
@@ -167,22 +150,6 @@ class FusedStep(Chosen):
             for plan in plans:
                 plan.run()
 
-    def _elsewhere(self, factor: float | None) -> None:
-        """The step where no compiled loop runs: torch's own, on wider copies where numbers are stored in 16 bits."""
-        extras, groups = self._extras, self.param_groups
-        copies = factor is not None or extras.stored
-        if any(group.get("differentiable") for group in groups):
-            if copies:
-                raise MethodError(
-                    f"{type(self).__name__}: differentiable=True cannot be joined with max_grad_norm, state_dtype, "
-                    "stochastic_rounding or kahan_sum, whose copies have no gradient; leave one of them out"
-                )
-            self._torch_step()
-        elif copies or any(p.dtype in HALVES for group in groups for p in group["params"]):
-            wide_step(self, self._torch_step, factor)
-        else:
-            self._torch_step()
-
     def _current(self, plans: list[Plan]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
         if self.state is not self._states or not self._structure.same():
@@ -252,21 +219,13 @@ class FusedStep(Chosen):
 
     # -- what makes plans stale ---------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's, but the implementation stays the one chosen, and no state loses precision.
-
-        torch casts floating states to their weight's dtype. Here `state_dtype` decides, if it was given; otherwise
-        a 16-bit weight keeps the wider states that were saved for it.
-        """
-        super().load_state_dict(state_dict)
-        keep_precision(self, state_dict)
+    def _settle(self) -> None:
+        super()._settle()
         self._plans = self._shards = None
-        self._settle()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
         super().add_param_group(param_group)
-        self._plans = self._shards = None
         self._settle()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -289,12 +248,7 @@ class FusedStep(Chosen):
         told = super().__getstate__()
         if self._extras.flatten:
             told["state"] = defaultdict(dict, self._alone(told["state"]))
-        return {
-            **told,
-            "_extras": self._extras,
-            "_guarded": self._guarded,
-            "_skipped": self.skipped_steps,
-        }
+        return told
 
 
 _outside_the_graph: Callable[..., Any] = _disable_dynamo(FusedStep.step)

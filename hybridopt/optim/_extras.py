@@ -16,7 +16,10 @@ _FLOATS = (torch.float32, torch.float64, *HALVES)
 
 
 class StepOptions(TypedDict, total=False):
-    """Keyword options of every elementwise optimizer here, beside its own; never part of a state dict.
+    """Keyword options of every optimizer here, beside its own; never part of a state dict.
+
+    `LBFGS` takes `implementation` alone; `flatten` is for elementwise steps (not Adafactor, LAMB, Muon, SparseAdam). Those
+    four take the others for whole tensors, not for DTensors.
 
     16-bit weights are always computed in float32. All of this runs inside the fused loop; where that cannot be used,
     torch's own code runs on float32 copies (slower, same results up to rounding).
@@ -76,6 +79,10 @@ class Extras:
     def stored(self) -> bool:
         """Whether something was said about how weights and states are stored."""
         return self.state_dtype is not None or self.stochastic_rounding or self.kahan_sum
+
+    def given(self) -> list[str]:
+        """Names of the options that are not as by default."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     @classmethod
     def of(cls, name: str, options: dict[str, Any]) -> Extras:

@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from hybridopt.optim._implementation import Chosen
+from hybridopt.optim._extended import Whole
 
 BATCHED = "batched by shape"
 _is_compiling = torch.compiler.is_compiling
 
 
-class GroupStep(Chosen):
+class GroupStep(Whole):
     """torch's step, but each parameter group is given to `_step_group`."""
 
     def _step_group(self, group: dict[str, Any]) -> str:
         """Update the weights of a group; returns what ran, `BATCHED` or `_torchs(why)`."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def _torch_step(self) -> None:
+        ran = [self._step_group(group) for group in self.param_groups]
+        self._say(next((used for used in ran if used != BATCHED), BATCHED))
 
     def _torchs(self, why: str) -> str:
         return f"{self._otherwise()}: {why}" if why else self._otherwise()
@@ -42,9 +47,7 @@ class GroupStep(Chosen):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            ran = [self._step_group(group) for group in self.param_groups]
-        self._say(next((used for used in ran if used != BATCHED), BATCHED))
+        self._guarded_step()
         if self._implementation == "fused" and not self._warned:
             self._warned = True
             warnings.warn(

@@ -12,10 +12,10 @@ from hybridopt.errors import NonFiniteLoss
 from hybridopt.optim._plan import Number, Plan
 
 if TYPE_CHECKING:
-    from hybridopt.optim._base import FusedStep
+    from hybridopt.optim._extended import Extended
 
 
-def guarded_step(optimizer: FusedStep, plans: list[Plan] | None) -> None:
+def guarded_step(optimizer: Extended, plans: list[Plan] | None) -> None:
     """Do the step, unless gradients that are not finite forbid it.
 
     Args:
@@ -38,7 +38,7 @@ def guarded_step(optimizer: FusedStep, plans: list[Plan] | None) -> None:
 
 @torch.no_grad()
 def _step(
-    optimizer: FusedStep, plans: list[Plan] | None, scale: Tensor | None, found_inf: Tensor | None
+    optimizer: Extended, plans: list[Plan] | None, scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     extras = optimizer._extras
     if plans and all(plan.engine == "triton" and plan.kind.device == plans[0].kind.device for plan in plans):
@@ -71,7 +71,7 @@ def _step(
 
 
 def _step_on_device(
-    optimizer: FusedStep, plans: list[Plan], scale: Tensor | None, found_inf: Tensor | None
+    optimizer: Extended, plans: list[Plan], scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """The same without waiting for the device, so that a graph can record it (but for `nonfinite="raise"`)."""
     extras = optimizer._extras
@@ -97,22 +97,22 @@ def _step_on_device(
         plan.run(numbers, skip)
 
 
-def _refused(optimizer: FusedStep) -> NonFiniteLoss:
+def _refused(optimizer: Extended) -> NonFiniteLoss:
     return NonFiniteLoss(
         f'{type(optimizer).__name__}: {_first_bad(optimizer)} (nonfinite="raise"); weights and states are as before'
     )
 
 
-def _gradients(optimizer: FusedStep) -> list[Tensor]:
+def _gradients(optimizer: Extended) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _unscale(optimizer: FusedStep, scale: float) -> None:
+def _unscale(optimizer: Extended, scale: float) -> None:
     for g in _gradients(optimizer):
         g.div_(scale)
 
 
-def _square_sum(optimizer: FusedStep) -> float:
+def _square_sum(optimizer: Extended) -> float:
     dense = [g if g.layout is torch.strided else g.coalesce().values() for g in _gradients(optimizer)]
     norms: list[float] = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).item() for g in dense]
     return sum(n * n for n in norms)
@@ -122,7 +122,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _first_bad(optimizer: FusedStep) -> str:
+def _first_bad(optimizer: Extended) -> str:
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names")
         for j, p in enumerate(group["params"]):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
 
 
-def sharded(optimizer: FusedStep) -> bool:
+def sharded(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a weight is a DTensor; the module that defines them takes long to import, and is not loaded for this."""
     module = sys.modules.get("torch.distributed.tensor")
     kind: Any = getattr(module, "DTensor", None)

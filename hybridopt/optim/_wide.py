@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hybridopt.engines import _noise
-from hybridopt.optim._extras import HALVES
+from hybridopt.optim._extras import HALVES, Extras
 
 if TYPE_CHECKING:
-    from hybridopt.optim._base import FusedStep
+    from hybridopt.optim._extended import Extended
 
 
 @torch.no_grad()
-def wide_step(optimizer: FusedStep, step: Callable[[], None], factor: float | None) -> None:
+def wide_step(optimizer: Extended, step: Callable[[], None], factor: float | None) -> None:
     """`step` as if 16-bit weights, their gradients and all states were float32, and gradients `factor` times as large.
 
     For the time of the step other tensors stand in the groups: wider copies, or the same memory where nothing is to be
@@ -41,10 +41,11 @@ def wide_step(optimizer: FusedStep, step: Callable[[], None], factor: float | No
     try:
         for group in groups:
             group["params"] = [lent[p].wide if p in lent else p for p in group["params"]]
+        optimizer._stand_for = {one.wide: p for p, one in lent.items()}
         step()
         made = optimizer.state
     finally:
-        optimizer.state = state
+        optimizer.state, optimizer._stand_for = state, {}
         for group, params in zip(groups, lists, strict=True):
             group["params"] = params
     for one in lent.values():
@@ -55,7 +56,7 @@ class _Lent:
     """What stands for one weight and its states while the step runs, in the dtype of the arithmetic."""
 
     def __init__(
-        self, optimizer: FusedStep, p: Tensor, active: tuple[str, ...], number: int, factor: float | None
+        self, optimizer: Extended, p: Tensor, active: tuple[str, ...], number: int, factor: float | None
     ) -> None:
         assert p.grad is not None
         self.extras = optimizer._extras
@@ -80,20 +81,18 @@ class _Lent:
     def give_back(self, states: dict[str, Any]) -> None:
         """Store the weight, and the states that the step has left."""
         p, wide = self.p, self.wide.detach()
-        if self.extras.stochastic_rounding and not self.optimizer.rule.counts:
+        if self.extras.stochastic_rounding and not self.optimizer._counts():
             states["step"] = states.get("step", torch.tensor(0.0, device=p.device)) + 1
         if p.dtype is not self.dtype:
-            stored = self._stored(wide, p.dtype, 0, states)
-            p.copy_(stored)
+            p.copy_(stored := narrowed(wide, p.dtype, self._stream(0, states)))
             if self.kahan:
-                lost = wide - stored.to(self.dtype)  # an overflow is not to be made up for
-                states["kahan_comp"] = lost.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(p.dtype)
+                states["kahan_comp"] = lost(wide, stored)
         for name, tensor in states.items():
             if self._elementwise(name, tensor):
                 column = self.active.index(name) + 1 if name in self.active else 0
                 before = self.before.get(name)
                 dtype = self.extras.state_dtype or (p.dtype if before is None else before.dtype)
-                value = self._stored(tensor, dtype, column, states)
+                value = narrowed(tensor, dtype, self._stream(column, states))
                 if before is not None and before.dtype is dtype:  # the state keeps its memory
                     before.copy_(value)
                     value = before
@@ -105,27 +104,43 @@ class _Lent:
         return (
             isinstance(tensor, Tensor)
             and tensor.is_floating_point()
-            and tensor.shape == self.p.shape
-            and name not in ("step", "kahan_comp", *self.optimizer.rule.scalar_state)
+            and name not in ("step", "kahan_comp", *self.optimizer._numbers())
         )
 
-    def _stored(self, x: Tensor, dtype: torch.dtype, column: int, states: dict[str, Any]) -> Tensor:
-        if x.dtype is dtype:
-            return x
-        if self.extras.stochastic_rounding and dtype is torch.bfloat16 and not (self.kahan and column == 0):
-            step = int(states["step"].item())
-            single = x.to(torch.float32)
-            return _noise.rounded(single, _noise.key(self.extras.seed, step, self.number, column))
-        return x.to(dtype)
+    def _stream(self, column: int, states: dict[str, Any]) -> int | None:
+        return stream(self.extras, self.p.dtype, states, self.number, column)
+
+
+def stream(
+    extras: Extras, weight: torch.dtype, states: Mapping[str, Any], number: int, column: int
+) -> int | None:
+    """The noise of one column (0 the weight, then the states) of a weight's step; None = round to the nearest."""
+    if not extras.stochastic_rounding or (column == 0 and extras.kahan_for(weight)):
+        return None
+    return _noise.key(extras.seed, int(states["step"]), number, column)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype, noise: int | None, places: Tensor | None = None) -> Tensor:
+    """`x` as it is stored; `places`: of its elements in the memory of what they are part of."""
+    if x.dtype is dtype:
+        return x
+    if noise is not None and dtype is torch.bfloat16:
+        return _noise.rounded(x.to(torch.float32), noise, places)
+    return x.to(dtype)
+
+
+def lost(wide: Tensor, stored: Tensor) -> Tensor:
+    """What rounding took away; an overflow is not to be made up for."""
+    return (wide - stored.to(wide.dtype)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(stored.dtype)
 
 
 @torch.no_grad()
-def keep_precision(optimizer: FusedStep, state_dict: Mapping[str, Any]) -> None:
+def keep_precision(optimizer: Extended, state_dict: Mapping[str, Any]) -> None:
     """Give states the dtype that was chosen, or that they were saved with, after torch has cast them."""
     chosen = optimizer._extras.state_dtype
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    counters = (*optimizer.rule.scalar_state, "kahan_comp")
+    counters = (*optimizer._numbers(), "kahan_comp")
     for number, p in zip(numbers, weights, strict=True):
         for name, saved in state_dict["state"].get(number, {}).items():
             if not isinstance(saved, Tensor) or name == "step" or not saved.is_floating_point():
@@ -142,7 +157,7 @@ def keep_precision(optimizer: FusedStep, state_dict: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def cast_states(optimizer: FusedStep) -> None:
+def cast_states(optimizer: Extended) -> None:
     """Give states that torch makes before the first step the dtype that was chosen."""
     chosen = optimizer._extras.state_dtype
     for entry in optimizer.state.values() if chosen is not None else ():

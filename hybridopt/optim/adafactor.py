@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import _adafactor as torch_adafactor
 from torch.optim.optimizer import ParamsT
 
+from hybridopt.optim._extras import StepOptions
 from hybridopt.optim._groups import BATCHED, GroupStep, same_shaped
-from hybridopt.optim._implementation import Implementation
 
 # Elements: of weights stacked, or of the rows of a larger one that are updated at a time (they stay in the cache); from
 # where finding out that nothing is clamped pays; from where a single weight is faster than in torch's for-loop.
@@ -39,6 +39,8 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
         fused: `True` is `implementation="fused"`.
         implementation: `"auto"` (default): batched on the CPU in float32 and float64, else torch's default;
             `"foreach"`, `"reference"`: torch's own; `"fused"`: no such kernel: one warning, then as auto.
+        options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
+            see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
     Notes:
         Memory beyond the state: a few copies of 131 thousand weights; of a whole weight that is not a matrix, if larger
@@ -72,17 +74,15 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
         foreach: bool | None = None,
         maximize: bool = False,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.Adafactor.__init__(
             self, params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's, but the implementation stays the one chosen."""
-        super().load_state_dict(state_dict)
-        self._settle()
+    def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return "row_var", "col_var", "variance"
 
     def _step_group(self, group: dict[str, Any]) -> str:
         self._accelerator_graph_capture_health_check()
@@ -98,7 +98,8 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
         torchs._init_group(group, params, grads, rows, columns, variances, steps)
         eps1, eps2 = group["eps"]
         if eps1 is None and params:
-            eps1 = torch.finfo(params[0].dtype).eps  # of the first weight, for its whole group: as torch does
+            first = self._stand_for.get(params[0], params[0])
+            eps1 = torch.finfo(first.dtype).eps  # of the first weight, for its whole group: as torch does
         options: dict[str, Any] = {"eps1": eps1, "eps2": eps2}
         options |= {name: group[name] for name in ("d", "lr", "beta2_decay", "weight_decay", "maximize")}
         lists = (params, grads, rows, columns, variances, steps)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._implementation import Chosen, Implementation
+from hybridopt.optim._extended import Whole
+from hybridopt.optim._extras import HALVES, StepOptions
+from hybridopt.optim._wide import lost, narrowed, stream
 from hybridopt.optim.own import RuleOptimizer
 from hybridopt.rules.lamb import RULE
 
@@ -19,14 +22,14 @@ _SHARED = ("betas", "eps", "weight_decay", "maximize")
 _BLOCK = 1 << 15  # elements summed in one go; see `_in_blocks`
 
 
-class LAMB(Chosen):
+class LAMB(Whole):
     """Adam whose step in each tensor is as long as the learning rate times the tensor's own norm; for huge batches.
 
     You et al. 2020 (arXiv 1904.00962), algorithm 2: x <- x - lr * |x| / |u| * u with u = r + weight_decay * x, and r
     Adam's step with both biases corrected. phi is the identity, as in the paper's experiments and in apex: no bounds on
     the ratio. A tensor whose norm, or whose u, is zero takes the ratio 1. Differs from apex: every tensor has its
-    ratio (apex spares those without weight decay), and gradients are not clipped (see
-    `torch.nn.utils.clip_grad_norm_`). With small batches use AdamW.
+    ratio (apex spares those without weight decay), and gradients are clipped only under `max_grad_norm`. With small
+    batches use AdamW.
 
     The norms are taken over tensors, so it matters how a model is cut into them. The same bits for any number of
     threads. Besides two states, keeps one tensor as scratch for each weight.
@@ -41,6 +44,8 @@ class LAMB(Chosen):
         implementation: of the moments and the direction; norms and step are torch's list functions. `"auto"`
             (default) or `"fused"`: one compiled loop on the CPU where it can be; `"foreach"`: torch's list functions,
             on any device; `"reference"`: tensor by tensor.
+        options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
+            see `StepOptions`.
 
     Raises:
         MethodError: a hyperparameter is out of range, or a weight is complex or has a sparse gradient.
@@ -66,7 +71,7 @@ class LAMB(Chosen):
         weight_decay: float = 0.01,
         *,
         maximize: bool = False,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas) or not eps >= 0:
             raise MethodError(
@@ -83,9 +88,11 @@ class LAMB(Chosen):
                 "maximize": maximize,
             },
         )
-        self._choose(implementation, None, None)
+        self._configure(options)
 
-    @torch.no_grad()
+    def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one update.
 
@@ -99,37 +106,66 @@ class LAMB(Chosen):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._sharded()
+        self._torch_step()
+        return loss
+
+    @torch.no_grad()
+    def _torch_step(self) -> None:
+        """The directions' step, which also looks for gradients to be clipped or refused; then the weights'."""
         directions = self._ready()
+        before = directions.skipped_steps
         try:
             directions.step()
             self._say(directions._used)
-            for group, scratch in zip(self.param_groups, directions.param_groups, strict=True):
-                pairs = zip(group["params"], scratch["params"], strict=True)
-                moved = [(p, u) for p, u in pairs if p.grad is not None]
-                if moved:
-                    _move([p for p, _ in moved], [u for _, u in moved], float(group["lr"]))
+            self._skipped += directions.skipped_steps - before
+            if directions.skipped_steps == before:
+                for index in range(len(self.param_groups)):
+                    self._move(index, directions.param_groups[index]["params"])
         finally:  # gradients are not ours to keep
             for scratch in directions.param_groups:
                 for u in scratch["params"]:
                     u.grad = None
-        return loss
+
+    def _move(self, index: int, directions: list[Tensor]) -> None:
+        """Move the weights of a group, 16-bit ones as float32."""
+        group = self.param_groups[index]
+        numbers = self._streams(index)
+        moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        if not moved:
+            return
+        params: list[Tensor] = [group["params"][i] for i in moved]
+        wide = [p.float() if p.dtype in HALVES else p for p in params]
+        for p, w in zip(params, wide, strict=True):
+            if "kahan_comp" in self.state[p] and self._extras.kahan_for(p.dtype):
+                w.add_(self.state[p]["kahan_comp"])
+        _move(wide, [directions[i] for i in moved], float(group["lr"]))
+        for i, p, w in zip(moved, params, wide, strict=True):
+            if w is not p:
+                state = self.state[p]
+                p.copy_(narrowed(w, p.dtype, stream(self._extras, p.dtype, state, numbers[i], 0)))
+                if self._extras.kahan_for(p.dtype):
+                    state["kahan_comp"] = lost(w, p)
 
     def _ready(self) -> _Directions:
         """The directions' optimizer, its options, gradients and states being ours of now."""
         directions = self._directions
         if directions is None or not directions.fits(self.param_groups):
-            directions = self._directions = _Directions(self.param_groups, self._implementation)
+            directions = self._directions = _Directions(self)
         for group, scratch in zip(self.param_groups, directions.param_groups, strict=True):
-            scratch.update((key, group[key]) for key in _SHARED)
+            scratch.update((key, group[key]) for key in (*_SHARED, "param_names") if key in group)
             for p, u in zip(group["params"], scratch["params"], strict=True):
                 u.grad = p.grad
                 if p.grad is not None:
                     state = self.state[p]
                     if not state:
                         state["step"] = torch.tensor(0.0)
-                        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    directions.state[u].update(state, weight=p)
+                        for name in self._active(group):
+                            state[name] = torch.zeros_like(
+                                p, dtype=self._extras.state_dtype, memory_format=torch.preserve_format
+                            )
+                    directions.state[u].update((name, state[name]) for name in ("step", *self._active(group)))
+                    directions.state[u]["weight"] = p
         return directions
 
 
@@ -138,17 +174,31 @@ class _Directions(RuleOptimizer):
 
     rule = RULE
 
-    def __init__(self, groups: list[dict[str, Any]], implementation: Implementation) -> None:
+    def __init__(self, lamb: LAMB) -> None:
         scratch = [
-            {**{key: g[key] for key in _SHARED}, "params": [torch.empty_like(p) for p in g["params"]]}
-            for g in groups
+            {
+                **{key: g[key] for key in _SHARED},
+                "params": [torch.empty_like(p, dtype=_wide(p.dtype)) for p in g["params"]],
+            }
+            for g in lamb.param_groups
         ]
-        super().__init__(scratch, {}, implementation=implementation)
+        super().__init__(scratch, {}, implementation=lamb.implementation)
+        self._extras, self._guarded = replace(lamb._extras, kahan_sum=False), lamb._guarded
+        for group in scratch:
+            for u in group["params"]:
+                u.grad_dtype = None  # lent gradients may be of 16 bits
+
+    def _has_halves(self) -> bool:
+        weights = [p for group in self.param_groups for p in group["params"]]
+        return any(p.grad is not None and p.grad.dtype in HALVES for p in weights)
 
     def fits(self, groups: list[dict[str, Any]]) -> bool:
         """Whether there is a scratch tensor like each weight."""
         return [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups] and all(
-            u.shape == p.shape and u.dtype is p.dtype and u.device == p.device and u.stride() == p.stride()
+            u.shape == p.shape
+            and u.dtype is _wide(p.dtype)
+            and u.device == p.device
+            and u.stride() == p.stride()
             for group, scratch in zip(groups, self.param_groups, strict=True)
             for p, u in zip(group["params"], scratch["params"], strict=True)
         )
@@ -161,6 +211,11 @@ class _Directions(RuleOptimizer):
 
 
 _Directions.__name__ = "LAMB"  # its warnings and errors are LAMB's
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.float32 if dtype in HALVES else dtype
 
 
 def _move(params: list[Tensor], directions: list[Tensor], lr: float) -> None:

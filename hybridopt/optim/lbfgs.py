@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._implementation import Chosen, Implementation
+from hybridopt.optim._extras import Extras, StepOptions
+from hybridopt.optim._implementation import Chosen
 
 _NUMBERS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 ARMIJO, CURVATURE = 1e-4, 0.9  # Nocedal & Wright 2006, eqs. 3.7a and 3.7b
@@ -35,6 +36,11 @@ class LBFGS(Chosen, torch.optim.LBFGS):
         foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         implementation: `"auto"` (default), `"foreach"`, `"fused"`: the above where the flat gradient is float32 or
             float64, else torch's step; `"reference"`: torch's step. `repr` says which ran.
+        options: `implementation` alone. Clipped gradients, or weights and states rounded on their own, would not belong
+            to the losses of the line search.
+
+    Raises:
+        MethodError: another one of `StepOptions` was given.
 
     Example:
         >>> import torch, hybridopt
@@ -64,7 +70,7 @@ class LBFGS(Chosen, torch.optim.LBFGS):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.LBFGS.__init__(
             self,
@@ -77,7 +83,14 @@ class LBFGS(Chosen, torch.optim.LBFGS):
             history_size,
             line_search_fn,
         )
-        self._choose(implementation, foreach, fused)
+        rest: dict[str, Any] = dict(options)
+        self._choose(rest.pop("implementation", "auto"), foreach, fused)
+        refused = Extras.of("LBFGS", rest).given()
+        if refused:
+            raise MethodError(
+                f"LBFGS: {', '.join(refused)} cannot be had, because its line search compares losses with gradients "
+                "and steps as they are; leave it out, and make the weights float32 or float64"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import _muon as torch_muon
 from torch.optim.optimizer import ParamsT
 
+from hybridopt.optim._extras import StepOptions
 from hybridopt.optim._groups import BATCHED, GroupStep, same_shaped
-from hybridopt.optim._implementation import Implementation
 
 # Elements orthogonalised at a time, or one matrix: bounds the temporaries (16 MiB each in float32).
 CHUNK = 1 << 22
@@ -48,10 +49,13 @@ class Muon(GroupStep, torch.optim.Muon):
         fused: `True` is `implementation="fused"`.
         implementation: `"auto"` (default): batched on the CPU, torch's for-loop elsewhere; `"foreach"`: batched on any
             device; `"fused"`: no such kernel: one warning, then as auto; `"reference"`: torch's for-loop.
+        options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
+            see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
     Notes:
         Memory beyond the state: some six copies of the weights of one shape, or of 4 million of them at a time.
-        bfloat16 weights without Nesterov momentum are torch's own code, which then normalises the momentum in place.
+        16-bit weights are stepped as float32 (torch: in their own dtype, and without Nesterov momentum torch normalises
+        the momentum of bfloat16 weights in place).
 
     Source:
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; `match_rms_adamw`: Liu et al. 2025,
@@ -84,12 +88,18 @@ class Muon(GroupStep, torch.optim.Muon):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
-        implementation: Implementation = "auto",
+        **options: Unpack[StepOptions],
     ) -> None:
         torch.optim.Muon.__init__(
             self, params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
         )
-        self._choose(implementation, foreach, fused)
+        self._configure(options, foreach, fused)
+
+    def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",)
+
+    def _counts(self) -> bool:
+        return False
 
     def _otherwise(self) -> str:
         return "torch's for-loop"
@@ -125,8 +135,6 @@ class Muon(GroupStep, torch.optim.Muon):
                 return f"a weight or gradient is a {t.ndim}-dimensional {type(t).__name__} with layout {t.layout}"
             if t.device.type != "cpu" and self._implementation != "foreach":
                 return f"a weight is on {t.device}"
-            if t.dtype is torch.bfloat16 and not options["nesterov"]:
-                return "torch normalises the momentum of bfloat16 weights in place"
         if options["ns_steps"] >= 100 or len(options["ns_coefficients"]) != 3:
             return "wrong ns_steps or ns_coefficients"
         return ""

@@ -286,8 +286,9 @@ def test_gradients_may_be_overwritten_in_place(zero: str) -> None:
 
 def test_signature_and_errors_are_torchs() -> None:
     mine, torchs = (dict(inspect.signature(c).parameters) for c in (LBFGS, torch.optim.LBFGS))
-    for key in ("foreach", "fused", "implementation"):
+    for key in ("foreach", "fused"):
         assert mine.pop(key).kind is inspect.Parameter.KEYWORD_ONLY
+    assert mine.pop("options").kind is inspect.Parameter.VAR_KEYWORD
     assert [(k, p.default) for k, p in mine.items()] == [(k, p.default) for k, p in torchs.items()]
     x = torch.ones(1, requires_grad=True)
     cases: list[tuple[Any, dict[str, Any]]] = [
@@ -302,6 +303,16 @@ def test_signature_and_errors_are_torchs() -> None:
             LBFGS(params, **wrong)
     with pytest.raises(MethodError, match="expected one of"):
         LBFGS([x], implementation="quick")  # type: ignore[arg-type]
+    for option in (
+        {"state_dtype": torch.float64},
+        {"max_grad_norm": 1.0},
+        {"nonfinite": "skip"},
+        {"flatten": True},
+    ):
+        with pytest.raises(
+            MethodError, match=f"LBFGS: {next(iter(option))} cannot be had, because its line search"
+        ):
+            LBFGS([x], **option)
     with pytest.raises(RuntimeError, match="only 'strong_wolfe' is supported"):
         walk(LBFGS, [x], lambda ps: ps[0].sum(), 1, line_search_fn="armijo")
 

@@ -484,7 +484,7 @@ def test_lamb_follows_weights_that_change_their_memory_or_dtype() -> None:
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["foreach", "reference"])
+@pytest.mark.parametrize("implementation", ["auto", "foreach", "reference"])
 def test_lamb_in_bfloat16_is_near_float32(implementation: str) -> None:
     p, q = torch.ones(64, dtype=torch.bfloat16, requires_grad=True), torch.ones(64, requires_grad=True)
     low, high = LAMB([p], lr=0.05, implementation=implementation), LAMB([q], lr=0.05)
@@ -669,10 +669,13 @@ def test_sparse_adam_fused_warns_once() -> None:
     table = torch.nn.Embedding(4, 2, sparse=True)
     optimizer = SparseAdam(table.parameters(), fused=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.warns(RuntimeWarning, match="fused was asked for, but there is no compiled loop over rows"):
+    with pytest.warns(
+        RuntimeWarning, match="fused was asked for, but there is no compiled loop over rows"
+    ) as seen:
         optimizer.step()
+    assert [w.filename for w in seen] == [__file__]
     optimizer.step()  # a second warning would be an error
     assert "fused -> gathered rows" in repr(optimizer)
     mine, torchs = (dict(inspect.signature(c).parameters) for c in (SparseAdam, torch.optim.SparseAdam))
     assert list(mine)[: len(torchs)] == list(torchs)
-    assert set(mine) - set(torchs) == {"foreach", "fused", "implementation"}
+    assert set(mine) - set(torchs) == {"foreach", "fused", "options"}
