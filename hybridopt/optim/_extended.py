@@ -13,7 +13,7 @@ from hybridopt.errors import MethodError
 from hybridopt.optim._extras import HALVES, Extras, StepOptions
 from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._implementation import Chosen
-from hybridopt.optim._shards import sharded
+from hybridopt.optim._shards import Spread, sharded
 from hybridopt.optim._wide import cast_states, keep_precision, wide_step
 
 
@@ -26,6 +26,7 @@ class Extended(Chosen):
     _extras = Extras()
     _guarded = False  # gradients are read before the step
     _skipped: int | Tensor = 0
+    _spread: Spread = []  # noqa: RUF012 - replaced as a whole; of the shards that are stepped for DTensors
     _shard_numbers: Mapping[Tensor, int] = MappingProxyType({})
     _stand_for: Mapping[Tensor, Tensor] = MappingProxyType({})  # copy in a group now: weight
     _flattens: ClassVar[bool] = False
@@ -124,12 +125,16 @@ class Whole(Extended):
 
     def _guarded_step(self) -> None:
         if self._sharded():
-            self._torch_step()
+            self._sharded_step()
         else:
             super()._guarded_step()
 
+    def _sharded_step(self) -> None:
+        """The step of DTensors."""
+        self._torch_step()
+
     def _sharded(self) -> bool:
-        """Whether weights are DTensors, on which torch's functions must do."""
+        """Whether weights are DTensors."""
         found = sharded(self)
         if found and self._extras != Extras():
             raise MethodError(

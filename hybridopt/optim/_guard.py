@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybridopt.errors import NonFiniteLoss
 from hybridopt.optim._plan import Number, Plan
+from hybridopt.optim._shards import square_sum
 
 if TYPE_CHECKING:
     from hybridopt.optim._extended import Extended
@@ -52,8 +53,7 @@ def _step(
         divisor = 1.0
     factor = None
     if extras.measured:
-        squares = _square_sum(optimizer) if plans is None else sum(float(plan.square_sum()) for plan in plans)
-        norm = math.sqrt(squares) / abs(divisor)
+        norm = math.sqrt(_square_sum(optimizer, plans)) / abs(divisor)
         if not math.isfinite(norm) and extras.nonfinite == "raise":
             raise _refused(optimizer)
         if not math.isfinite(norm) and extras.nonfinite == "skip":
@@ -78,7 +78,8 @@ def _step_on_device(
     numbers: dict[str, Number] = {"divisor": 1.0 if scale is None else scale, "factor": 1.0}
     skip = None if found_inf is None else found_inf.reshape(1).float()
     if extras.measured:
-        norm = torch.stack([torch.as_tensor(plan.square_sum()) for plan in plans]).sum().sqrt()
+        told = [torch.as_tensor(plan.square_sum()) for plan in plans] if not optimizer._spread else []
+        norm = (torch.stack(told).sum() if told else square_sum(optimizer._spread)).sqrt()
         if scale is not None:
             norm = norm / scale.abs()
         bad = (~norm.isfinite()).reshape(1)
@@ -112,7 +113,11 @@ def _unscale(optimizer: Extended, scale: float) -> None:
         g.div_(scale)
 
 
-def _square_sum(optimizer: Extended) -> float:
+def _square_sum(optimizer: Extended, plans: list[Plan] | None) -> float:
+    if optimizer._spread:
+        return square_sum(optimizer._spread).item()
+    if plans is not None:
+        return sum(float(plan.square_sum()) for plan in plans)
     dense = [g if g.layout is torch.strided else g.coalesce().values() for g in _gradients(optimizer)]
     norms: list[float] = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).item() for g in dense]
     return sum(n * n for n in norms)
@@ -129,4 +134,5 @@ def _first_bad(optimizer: Extended) -> str:
             if p.grad is not None and not bool(p.grad.to_dense().isfinite().all()):
                 which = repr(names[j]) if names else f"number {j} of group {i}"
                 return f"expected finite gradients, that of weight {which} (shape {tuple(p.shape)}) is not"
-    return "expected a finite norm of all gradients, it overflows"
+    elsewhere = ", or a gradient on another process is not finite" if optimizer._spread else ""
+    return f"expected a finite norm of all gradients, it overflows{elsewhere}"

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hybridopt.errors import MethodError
 from hybridopt.optim._plan import counter_names
+
+Spread: TypeAlias = list[tuple[tuple[Any, ...], list[Tensor]]]
+"""Groups of processes over whose gradients squares are to be added, and the shards that are here."""
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
+    from hybridopt.optim._extended import Extended
 
 
 def sharded(optimizer: torch.optim.Optimizer) -> bool:
@@ -35,16 +39,10 @@ class Shards:
     """
 
     def __init__(self, optimizer: FusedStep) -> None:
-        extras = optimizer._extras
-        if extras.measured:
-            raise MethodError(
-                f"{type(optimizer).__name__}: max_grad_norm and nonfinite need the norm over all shards, which is not "
-                "supported for DTensors; use torch.nn.utils.clip_grad_norm_ before the step"
-            )
-        if extras.flatten:
+        if optimizer._extras.flatten:
             optimizer._warn("flatten was asked for, but weights are DTensors; they stay where they are")
         self.inner = copy.copy(optimizer)
-        self.inner._extras = replace(extras, flatten=False)
+        self.inner._extras = replace(optimizer._extras, flatten=False)
         self.inner._plans = None
         self.inner._shards = None
         self.weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -55,6 +53,7 @@ class Shards:
         ]
         # equal places of different shards must not share their noise; replicas must
         self.inner._shard_numbers = {self.locals[p]: _shard_number(p) for p in self.weights}
+        self.inner._spread = _spread(self.locals)
         self.inner.state = defaultdict(dict)
         self.seen: dict[tuple[int, str], Tensor] = {}
 
@@ -89,7 +88,10 @@ class Shards:
             for name, value in given.items():
                 if self.seen.get((i, name)) is not value:
                     inner.state[mine][name] = _local(value) if isinstance(value, Tensor) else value
-        inner._update()
+        try:
+            inner._update()
+        finally:
+            optimizer._skipped = inner._skipped
         optimizer._say(f"{inner._used}, on local shards")
         counters = counter_names(optimizer)
         for i, p in enumerate(self.weights):
@@ -98,6 +100,82 @@ class Shards:
                 if known is None or _local(known) is not value or optimizer.state[p].get(name) is not known:
                     wrapped = value if name in counters else _like(value, p)
                     self.seen[i, name] = optimizer.state[p][name] = wrapped
+
+
+@torch.no_grad()
+def whole_step(optimizer: Extended, step: Callable[[], None]) -> None:
+    """`step` for one weight after the other, gathered from its shards; its states are whole on every process."""
+    groups, state = optimizer.param_groups, optimizer.state
+    lists = [group["params"] for group in groups]
+    try:
+        for group in groups:
+            group["params"] = []
+        for group, params in zip(groups, lists, strict=True):
+            for p in params:
+                if p.grad is None:
+                    continue
+                whole = torch.nn.Parameter(_whole(p.detach()), requires_grad=False)
+                whole.grad_dtype, whole.grad = None, _whole(p.grad)
+                optimizer.state = defaultdict(dict, {whole: state[p]})
+                group["params"] = [whole]
+                step()
+                p.copy_(_part(whole.detach(), p))
+                state[p] = optimizer.state[whole]
+            group["params"] = []
+    finally:
+        optimizer.state = state
+        for group, params in zip(groups, lists, strict=True):
+            group["params"] = params
+
+
+def _whole(tensor: Any) -> Tensor:
+    found: Tensor = tensor.full_tensor() if _is_sharded(tensor) else tensor
+    return found
+
+
+def _part(whole: Tensor, p: Any) -> Tensor:
+    """A tensor that is the same on all processes, laid out like `p`; nothing is sent."""
+    if not _is_sharded(p):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(whole, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=p.placements)
+
+
+def _spread(locals_: Mapping[Any, Tensor]) -> Spread:
+    """Shards by the groups of processes that hold the others of their weight; replicas count once."""
+    found: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for p, local in locals_.items():
+        dims = [d for d, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
+        found[tuple(p.device_mesh.get_group(d) for d in dims)].append(local)
+    return list(found.items())
+
+
+@torch.no_grad()
+def square_sum(spread: Spread) -> Tensor:
+    """The sum of the squares of all gradients, those on other processes included, in float64.
+
+    Every process must call it: also one whose shards have no gradient.
+    """
+    total: Tensor | None = None
+    for groups, weights in spread:
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.complex128 if p.is_complex() else torch.float64)
+            for p in weights
+            if p.grad is not None
+        ]
+        device = weights[0].device
+        part = (
+            torch.stack(norms).square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64, device=device)
+        )
+        for group in groups:
+            torch.distributed.all_reduce(part, group=group)
+        total = part if total is None else total + part.to(total.device)
+    assert total is not None
+    return total
 
 
 def _is_sharded(tensor: Any) -> bool:

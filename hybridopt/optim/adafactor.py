@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._extras import StepOptions
 from hybridopt.optim._groups import BATCHED, GroupStep, same_shaped
+from hybridopt.optim._shards import whole_step
 
 # Elements: of weights stacked, or of the rows of a larger one that are updated at a time (they stay in the cache); from
 # where finding out that nothing is clamped pays; from where a single weight is faster than in torch's for-loop.
@@ -43,6 +44,7 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
             see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
     Notes:
+        Weights that are DTensors are gathered one at a time (torch cannot step them).
         Memory beyond the state: a few copies of 131 thousand weights; of a whole weight that is not a matrix, if larger
         (torch: of every weight). Results are torch's up to the rounding of sums and products.
 
@@ -83,6 +85,10 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
 
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return "row_var", "col_var", "variance"
+
+    def _sharded_step(self) -> None:
+        whole_step(self, functools.partial(self._elsewhere, None))
+        self._say("weights gathered one by one")
 
     def _step_group(self, group: dict[str, Any]) -> str:
         self._accelerator_graph_capture_health_check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from hybridopt.errors import MethodError
+from hybridopt.errors import MethodError, NonFiniteLoss
 from tests.optim.test_precision import NAMES, make
 
 USED = "fused (numba), on local shards"
@@ -169,11 +170,67 @@ def test_states_that_were_taken_away_begin_anew(mesh: DeviceMesh) -> None:
     assert_same(mine, params, plain, references)
 
 
-def test_norms_are_refused(mesh: DeviceMesh) -> None:
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_clipping_and_skipping(mesh: DeviceMesh, name: str, implementation: str) -> None:
+    """As plain tensors do; what is left out is counted by the optimizer that the user holds."""
+    params, references = spread(mesh, values(torch.float64)), [Parameter(v) for v in values(torch.float64)]
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "nonfinite": "skip", "implementation": implementation}
+    mine, plain = make(name, params, **options), make(name, references, **options)
+    for step in range(5):
+        give(params, step)
+        give(references, step)
+        if step == 2:
+            mine.add_param_group({"params": spread(mesh, [torch.ones(3, dtype=torch.float64)])})
+            plain.add_param_group({"params": [Parameter(torch.ones(3, dtype=torch.float64))]})
+        if step in (1, 3):
+            for p in (params[0], references[0]):
+                p.grad[1, 2] = math.nan
+        mine.step()
+        plain.step()
+    assert mine.skipped_steps == plain.skipped_steps == 2
+    for p, q in zip(params, references, strict=True):
+        torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_raise_names_the_weight(mesh: DeviceMesh) -> None:
     params = spread(mesh, values(torch.float32))
-    optimizer = make("Adam", params, max_grad_norm=1.0)
+    optimizer = make("Adam", params, nonfinite="raise")
     give(params, 0)
-    with pytest.raises(MethodError, match="not supported for DTensors"):
+    params[1].grad[0] = math.inf
+    with pytest.raises(NonFiniteLoss, match="that of weight number 1 of group 0"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adafactor(mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Which torch cannot step: to the bit as plain tensors one by one; its states are whole, and load."""
+    params, references = spread(mesh, values(dtype)[:2]), [Parameter(v) for v in values(dtype)[:2]]
+    params.append(Parameter(torch.ones(3, 2, dtype=dtype)))
+    references.append(Parameter(torch.ones(3, 2, dtype=dtype)))
+    mine, plain = make("Adafactor", params), make("Adafactor", references)
+    for step in range(4):
+        give(params, step)
+        give(references, step)
+        if step == 2:
+            params[0].grad = references[0].grad = None
+            saved = copy.deepcopy(mine.state_dict())
+            mine = make("Adafactor", params)
+            mine.load_state_dict(saved)
+        mine.step()
+        plain.step()
+    assert "weights gathered one by one" in repr(mine)
+    for p, q in zip(params, references, strict=True):
+        assert torch.equal(whole(p.detach()), q.detach())
+        assert all(torch.equal(mine.state[p][key], value) for key, value in plain.state[q].items())
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "LAMB", "Muon", "SparseAdam"])
+def test_steps_of_whole_tensors_refuse_options(mesh: DeviceMesh, name: str) -> None:
+    params = spread(mesh, values(torch.float32)[:1])
+    optimizer = make(name, params, max_grad_norm=1.0, kahan_sum=True)
+    give(params, 0)
+    with pytest.raises(MethodError, match=f"{name}: kahan_sum, max_grad_norm cannot be had for DTensors"):
         optimizer.step()
 
 
@@ -189,7 +246,7 @@ mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 tensors = [torch.randn(5, 4), torch.randn(1), torch.randn(7)]
 gradients = [[torch.randn_like(t) for t in tensors] for _ in range(4)]
-for name in ("AdamW", "Rprop", "Adagrad"):
+for name in ("AdamW", "Rprop", "Adagrad", "Adafactor"):
     params = [Parameter(distribute_tensor(t.clone(), mesh, [Shard(0)])) for t in tensors]
     references = [Parameter(t.clone()) for t in tensors]
     mine = getattr(hybridopt.optim, name)(params, lr=0.01)
@@ -204,6 +261,38 @@ for name in ("AdamW", "Rprop", "Adagrad"):
         for key, value in plain.state[q].items():
             told = mine.state[p][key]
             assert torch.equal(told.full_tensor() if hasattr(told, "to_local") else told, value), (name, key)
+hybrid = init_device_mesh("cpu", (2, 1))  # replicas on both, each of one shard
+def spread(tensors):
+    first, second, third = tensors
+    return [distribute_tensor(first, mesh, [Shard(0)]), distribute_tensor(second, mesh, [Replicate()]),
+            distribute_tensor(third, hybrid, [Replicate(), Shard(0)])]
+for name in ("SGD", "AdamW"):
+    for nonfinite in ("skip", "raise"):
+        options = {"lr": 0.1, "max_grad_norm": 0.7, "nonfinite": nonfinite, "implementation": sys.argv[3]}
+        own, copied = Parameter(torch.ones(2)), Parameter(torch.ones(2))
+        params = [*map(Parameter, spread([t.clone() for t in tensors])), own]
+        references = [*(Parameter(t.clone()) for t in tensors), copied]
+        mine = getattr(hybridopt.optim, name)(params, **options)
+        plain = getattr(hybridopt.optim, name)(references, **options)
+        for k, step in enumerate(gradients):
+            step = [*(g.clone() for g in step), torch.full((2,), k + 1.0)]
+            if k == 2:
+                step[0][4, 0] = float("nan")  # in the second shard
+            for p, q, g in zip(params, references, [*spread(step[:3]), step[3]]):
+                p.grad, q.grad = g, step[[id(r) for r in references].index(id(q))]
+            if k == 3:
+                params[0].grad = references[0].grad = None
+            texts = []
+            for optimizer in (mine, plain):
+                try:
+                    optimizer.step()
+                except hybridopt.errors.NonFiniteLoss as error:
+                    texts.append(str(error))
+            assert len(texts) == (2 if k == 2 and nonfinite == "raise" else 0), texts
+            assert not texts or ("weight number 0" if rank else "on another process") in texts[0], texts
+        assert mine.skipped_steps == plain.skipped_steps == (nonfinite == "skip")
+        for p, q in zip(params, references):
+            torch.testing.assert_close(p.full_tensor() if p is not own else p, q, rtol=1e-6, atol=1e-6)
 noisy = torch.full((4096,), 1.0).bfloat16()
 params = [Parameter(distribute_tensor(noisy.clone(), mesh, [kind])) for kind in (Shard(0), Replicate())]
 plain = Parameter(noisy.clone())
