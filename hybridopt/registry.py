@@ -42,6 +42,7 @@ BUILTIN: dict[str, str] = {
     "auto": "hybridopt.presets:Auto",
     "cmaes": "hybridopt.population.cmaes:CMAES",
     "coordinate_search": "hybridopt.population.line:CoordinateSearch",
+    "lq_cmaes": "hybridopt.population.surrogate:LQCMAES",
     "pso": "hybridopt.population.pso:PSO",
     "de": "hybridopt.population.de:DifferentialEvolution",
     "snes": "hybridopt.population.nes:SNES",

@@ -47,18 +47,53 @@ def test_turns_serve_every_coordinate() -> None:
 
 
 def test_intervals() -> None:
-    """The ends first; then the middle of the interval whose parabola is flattest."""
+    """The ends first; then in turn the lowest three points' parabola and the interval whose parabola is flattest."""
     line = _Line(CoordinateSearch(gain=1e-3), 1.0, 5.0, 0.0, 4.0)
     assert line.next() == 0.0
     line.add(0.0, 9.0)
     assert line.next() == 4.0
     line.add(4.0, 6.0)
-    # spread 4, goal 4.996: (sqrt(4.004/4) + sqrt(.004/4))² · (4/1)² against (sqrt(1.004/4) + ...)² · (4/3)²
-    assert line.next() == 2.5
-    line.add(2.5, 4.0)
+    # through (0, 9), (1, 5), (4, 6): slopes -4 and 1/3, so 13/12 x² - 61/12 x + 9
+    lowest = 61 / 26
+    assert line.next() == pytest.approx(lowest, rel=1e-14)
+    line.add(line.next(), 4.5)
+    # spread 4.5, goal 4.4955: (1, 2.35) of width 1.35 against (2.35, 4) of width 1.65 and higher
+    assert line.next() == pytest.approx((1.0 + lowest) / 2)
+    line.add(line.next(), 4.0)
     assert line.best == 4.0
-    assert line.next() == (1.0 + 2.5) / 2
-    assert line.x == [0.0, 1.0, 2.5, 4.0]
+    assert line.x == pytest.approx([0.0, 1.0, (1.0 + lowest) / 2, lowest, 4.0])
+    assert line.next() not in ((0.0 + 1.0) / 2, (lowest + 4.0) / 2)
+
+
+def test_a_smooth_minimum_takes_few_evaluations() -> None:
+    """A parabola's minimum at once, after the start and the ends."""
+    seen: list[float] = []
+
+    def loss(x: np.ndarray) -> float:
+        seen.append(float(x[0]))
+        return float((x[0] - 0.3) ** 2)
+
+    hybridopt.minimize(loss, np.zeros(1), "coordinate_search", bounds=(-5, 5), budget=4, seed=0)
+    assert seen[:3] == [0.0, -5.0, 5.0]
+    assert seen[3] == pytest.approx(0.3, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_it_ends_where_the_loss_is_no_sum(n: int) -> None:
+    """After n + 2 evaluations; a sum it goes on to minimise."""
+    x0 = np.random.default_rng(n).uniform(-4, 4, n)
+
+    def no_sum(x: np.ndarray) -> float:
+        return rastrigin(x) + 1e-3 * float(x.sum()) ** 2
+
+    kept = hybridopt.minimize(
+        rastrigin, x0, "coordinate_search(separable=true)", bounds=(-5, 5), budget=250 * n, seed=0
+    )
+    assert kept.best_loss < 1e-6
+    left = hybridopt.minimize(
+        no_sum, x0, "coordinate_search(separable=true)", bounds=(-5, 5), budget=250 * n, seed=0
+    )
+    assert (left.reason is Reason.STALLED and left.evaluations == n + 2) == (n > 1)
 
 
 def test_it_ends_where_no_coordinate_can_be_improved() -> None:
