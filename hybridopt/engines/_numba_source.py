@@ -93,6 +93,9 @@ def _helpers(variant: Variant) -> list[str]:
         f"ZERO = {_NUMBERS[variant.compute]}(0)",
         "@njit(**INNER)",
         "def _stored(x):",
+        f"    return np.float64({_NUMBERS[variant.number]}(x))",
+        "@njit(**INNER)",
+        "def _default(x):",
         f"    return np.float64({_NUMBERS[variant.scalar]}(x))",
         _HELPERS,
         _ROUNDING if {"bfloat16", "float16"} & {variant.weight, *variant.states} else "",
@@ -191,14 +194,14 @@ def _driver(rule: Rule, variant: Variant) -> list[str]:
     dtypes = [variant.weight, *variant.states, *([variant.weight] if variant.kahan else [])]
     columns = first + len(arrays) + int(variant.stochastic)
     hypers, extras = len(rule.hyper), variant.extras
-    scalar = _POINTERS[variant.scalar]
+    scalar, number = _POINTERS[variant.scalar], _POINTERS[variant.number]
     lines = ["@njit(**INNER)", "def _begin(row, hyper, out):"]
     if counts:
         lines += [f"    steps = carray(pointer_{scalar}(row[1]), (1,))", "    steps[0] += 1"]
     lines.append(f"    step = {'np.float64(steps[0])' if counts else '0.0'}")
     for i in range(extra):
         lines += [
-            f"    x{i} = carray(pointer_{scalar}(row[{1 + counts + i}]), (1,))",
+            f"    x{i} = carray(pointer_{number}(row[{1 + counts + i}]), (1,))",
             f"    e{i} = np.float64(x{i}[0])",
         ]
     given = ["step", *(f"e{i}" for i in range(extra)), *(f"hyper[{i}]" for i in range(hypers))]

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-HELPERS = ("sqrt", "exp", "log", "abs", "sign", "where", "maximum", "minimum", "fma", "stored")
+HELPERS = ("sqrt", "exp", "log", "abs", "sign", "where", "maximum", "minimum", "fma", "stored", "default")
 
 
 class Untranslatable(Exception):

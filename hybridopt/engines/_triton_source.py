@@ -64,6 +64,9 @@ def _helpers(variant: Variant, conversion: str) -> list[str]:
         _functions("_wide_", "tl.sqrt(x)", "a / b"),
         "@triton.jit",
         "def _wide_stored(x):",
+        f"    return x.to({_TYPES[variant.number]}).to(tl.float64)",
+        "@triton.jit",
+        "def _wide_default(x):",
         f"    return x.to({_TYPES[variant.scalar]}).to(tl.float64)",
         conversion,
         _STOCHASTIC if variant.stochastic else "",
@@ -167,8 +170,9 @@ def _columns(rule: Rule, variant: Variant) -> tuple[int, int, int]:
 
 def _begin(rule: Rule, variant: Variant) -> list[str]:
     counts, extra, columns = _columns(rule, variant)
-    scalar, n, hypers, extras = (
+    scalar, number, n, hypers, extras = (
         _TYPES[variant.scalar],
+        _TYPES[variant.number],
         len(rule.coefficients),
         len(rule.hyper),
         len(variant.extras),
@@ -192,7 +196,7 @@ def _begin(rule: Rule, variant: Variant) -> list[str]:
         lines.append("        step = tl.load(hyper) * 0")
     for i in range(extra):
         lines += [
-            f"        x{i} = tl.load(row + {1 + counts + i}).to(tl.pointer_type({scalar}))",
+            f"        x{i} = tl.load(row + {1 + counts + i}).to(tl.pointer_type({number}))",
             f"        e{i} = tl.load(x{i}).to(tl.float64)",
         ]
     given = [*(f"e{i}" for i in range(extra)), *(f"tl.load(hyper + {i})" for i in range(hypers))]

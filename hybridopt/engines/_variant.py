@@ -20,7 +20,9 @@ class Variant:
     states: tuple[str, ...] = ()
     """Dtypes of the rule's active states, in order."""
     scalar: str = "float32"
-    """Dtype of the per-tensor numbers (`step`)."""
+    """Dtype of `step`, which is that in which torch makes a tensor of a number."""
+    number: str = "float32"
+    """Dtype of the rule's other per-tensor numbers: torch casts them to a float64 weight's dtype on loading."""
     unscaled: bool = False
     """Gradients are divided by a loss scale first, and written back so."""
     scaled: bool = False

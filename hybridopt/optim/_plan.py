@@ -53,6 +53,7 @@ class Kind(NamedTuple):
     gradient: torch.dtype
     states: tuple[torch.dtype, ...]
     scalar: torch.dtype
+    number: torch.dtype
 
 
 class Plan(abc.ABC):
@@ -98,6 +99,7 @@ class Plan(abc.ABC):
             _NAMES[kind.gradient],
             tuple(_NAMES[dtype] for dtype in kind.states),
             _NAMES[kind.scalar],
+            _NAMES[kind.number],
             unscaled=optimizer._unscaling,
             scaled=extra.max_grad_norm is not None,
             stochastic=extra.stochastic_rounding,
@@ -251,7 +253,8 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
     entry = optimizer.state.get(p, _NOTHING)
     counters = counter_names(optimizer)
     states: list[torch.dtype] = []
-    scalars: set[torch.dtype] = set()
+    step = torch.float32
+    numbers: set[torch.dtype] = set()
     for name in state_names(optimizer, flags, p.dtype):
         tensor = entry.get(name)
         if tensor is None:
@@ -265,16 +268,19 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
         if name in counters:
             if tensor.numel() != 1 or tensor.dtype not in _SCALARS:
                 raise Ineligible(f"the state {name!r} is not one real number")
-            scalars.add(tensor.dtype)
+            if name == "step":
+                step = tensor.dtype
+            else:
+                numbers.add(tensor.dtype)
         elif tensor.dtype not in _NAMES or tensor.is_neg() or not _alike(tensor, p):
             raise Ineligible(f"the state {name!r} is {tensor.dtype} or laid out unlike its weight")
         elif name != "kahan_comp":
             states.append(tensor.dtype)
         elif tensor.dtype is not p.dtype:
             raise Ineligible(f"the state {name!r} is {tensor.dtype}, its weight {p.dtype}")
-    if len(scalars) > 1:  # torch rounds ASGD's float64 eta and mu to float32 at each step
+    if len(numbers) > 1:
         raise Ineligible("the counters of a weight have different dtypes")
-    return Kind(p.device, p.dtype, g.dtype, tuple(states), scalars.pop() if scalars else torch.float32)
+    return Kind(p.device, p.dtype, g.dtype, tuple(states), step, numbers.pop() if numbers else step)
 
 
 def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
@@ -294,7 +300,7 @@ def plans_for(optimizer: FusedStep, index: int) -> list[Plan]:
     found = list(dict.fromkeys(kind for kind in kinds if kind is not None))
     if not found:  # a plan of no weights, which notices when one gets a gradient
         place = params[0].device if params else torch.device("cpu")
-        found = [Kind(place, torch.float32, torch.float32, (), torch.float32)]
+        found = [Kind(place, torch.float32, torch.float32, (), torch.float32, torch.float32)]
     plans: list[Plan] = []
     for kind in found:
         plan = _engine(kind.device.type)(optimizer, index, kind, [k == kind for k in kinds])

@@ -120,7 +120,6 @@ def whole_step(optimizer: Extended, step: Callable[[], None]) -> None:
                 group["params"] = [whole]
                 step()
                 p.copy_(_part(whole.detach(), p))
-                state[p] = optimizer.state[whole]
             group["params"] = []
     finally:
         optimizer.state = state

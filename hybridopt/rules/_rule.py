@@ -116,7 +116,12 @@ class _Functions:
 
     @staticmethod
     def stored(x: float) -> float:
-        """A number as a per-tensor state holds it (torch keeps them in float32)."""
+        """A number as a per-tensor state holds it (torch keeps them in float32 until they are loaded)."""
+        return torch.tensor(x, dtype=torch.get_default_dtype()).item()
+
+    @staticmethod
+    def default(x: float) -> float:
+        """A number as torch makes a tensor of it."""
         return torch.tensor(x, dtype=torch.get_default_dtype()).item()
 
     @staticmethod

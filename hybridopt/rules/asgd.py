@@ -11,8 +11,8 @@ def _scalars(
     step: float, eta: float, mu: float, lr: float, lambd: float, alpha: float, t0: float, weight_decay: float
 ) -> tuple[float, ...]:
     """This step uses the rates that the last one left in `eta` and `mu`."""
-    next_eta = lr / (1 + lambd * lr * step) ** alpha
-    next_mu = 1 / xp.maximum(1, step - t0)
+    next_eta = xp.default(lr / (1 + lambd * lr * step) ** alpha)
+    next_mu = xp.default(1 / xp.maximum(1, step - t0))
     return 1 - lambd * eta, eta, mu, weight_decay, next_eta, next_mu
 
 

@@ -474,6 +474,27 @@ def test_counters_move_to_the_device_and_checkpoints_interchange() -> None:
         assert optimizer.state[p]["step"].device == p.device
 
 
+@pytest.mark.parametrize("name", ["ASGD", "NAdam"])
+def test_numbers_that_loading_widens(name: str) -> None:
+    """float64 `eta`, `mu`, `mu_product` beside a float32 `step`: as torch goes on from there."""
+    optimizer, params = prepared(name)
+    copies = [Parameter(p.detach().double()) for p in params]
+    twins = on_device(copies)
+    mine: Any = getattr(hybridopt.optim, name)(copies, lr=0.1)
+    torchs: Any = getattr(torch.optim, name)(twins, lr=0.1)
+    for other in (mine, torchs):
+        other.load_state_dict(deepcopy(optimizer.state_dict()))
+    gradients = [torch.randn_like(p) for p in copies]
+    for _ in range(4):
+        give(copies, gradients)
+        give(twins, gradients)
+        mine.step()
+        torchs.step()
+    assert mine._used == "fused (triton)"
+    for p, q in zip(copies, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "available", lambda: "Triton is not installed")
     p = Parameter(torch.ones(2, device=DEVICE))
