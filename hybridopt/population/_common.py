@@ -132,25 +132,6 @@ def share_by_rank(losses: FloatArray, table: FloatArray) -> FloatArray:
     return shared
 
 
-def weighted_moments(
-    x: FloatArray, mu: FloatArray, sigma: FloatArray, weights: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Sums of `w z` and of `w z²` over the rows of `x`, z = (x - mu) / sigma: each of shape (n,).
-
-    Row by row, so that no temporary is larger than n. The noise is taken from the points, not kept: a point that was
-    clipped to the bounds counts with the noise it really had.
-    """
-    first, second, z, weighted = (np.zeros_like(mu) for _ in range(4))
-    for row, weight in zip(x, weights, strict=True):
-        np.subtract(row, mu, out=z)
-        z /= sigma
-        np.multiply(z, weight, out=weighted)
-        first += weighted
-        weighted *= z
-        second += weighted
-    return first, second
-
-
 def agree(losses: FloatArray, tolfun: float) -> bool:
     """Whether losses differ, but by no more than `tolfun` × max(1, |lowest|; all equal is a plateau."""
     lowest = float(losses.min())

@@ -28,6 +28,7 @@ from hybridopt.population._covariance import (
     constants,
     path,
 )
+from hybridopt.population._large import fill_normal
 from hybridopt.population._margin import Margin
 from hybridopt.start import Ending, Start
 
@@ -199,7 +200,8 @@ class Search(Strategy):
 
     def ask(self, rng: np.random.Generator) -> FloatArray:
         """See `Strategy.ask`."""
-        self.z = rng.standard_normal((self.popsize, len(self.mean)))
+        self.z = np.empty((self.popsize, len(self.mean)))
+        fill_normal(rng, self.z)
         self.y = self.shape.transform(self.z)  # eq. 39
         return self.space.inside(self.mean + self.sigma * self._stretched(self.y))  # eq. 40
 

@@ -22,8 +22,8 @@ from hybridopt.population._common import (
     require_positive,
     share_by_rank,
     spread,
-    weighted_moments,
 )
+from hybridopt.population._large import fill_normal, weighted_moments
 from hybridopt.start import Ending, Start
 from hybridopt.text import method as read_method
 from hybridopt.vector import ParameterVector
@@ -200,7 +200,7 @@ class _OpenAI(Strategy):
         if self.fresh:
             x[0] = self.start.x0
         plus, minus = x[self.fresh : self.fresh + pairs], x[self.fresh + pairs :]
-        rng.standard_normal(out=plus)
+        fill_normal(rng, plus)
         plus *= self.sigma
         np.subtract(self.mu, plus, out=minus)
         plus += self.mu

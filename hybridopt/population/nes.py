@@ -23,8 +23,8 @@ from hybridopt.population._common import (
     require_positive,
     share_by_rank,
     spread,
-    weighted_moments,
 )
+from hybridopt.population._large import fill_normal, weighted_moments
 from hybridopt.start import Ending, Start
 
 
@@ -235,8 +235,9 @@ class _SNES(_Normal):
     def sample(self, rng: np.random.Generator, out: FloatArray) -> None:
         """See `_Normal.sample`. Clipped, which makes no weight's noise larger; it is not kept (memory)."""
         bounded = self.start.bounded
-        for row in out:  # of some MB at most: the next pass finds it in the cache
-            rng.standard_normal(out=row)
+        for k in range(len(out)):  # a row is of some MB at most: the next pass finds it in the cache
+            fill_normal(rng, out[k : k + 1])
+            row = out[k]
             row *= self.sigma
             row += self.mu
             if bounded:

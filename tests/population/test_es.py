@@ -13,7 +13,7 @@ import hybridopt
 from hybridopt import Reason, method
 from hybridopt.errors import MethodError
 from hybridopt.optim import Adam
-from hybridopt.population._common import weighted_moments
+from hybridopt.population._large import weighted_moments
 from hybridopt.population.es import PGPE, OpenAIES, centered_ranks
 from hybridopt.testing import OptimizerContract
 from tests.population.drive import begin, bowl, first, generations, solved, valley

@@ -1,0 +1,94 @@
+"""Compiled loops for distributions over many weights: normal numbers, and what a generation teaches.
+
+NumPy draws a normal number in about 10 ns, one after another, which for 1e5 weights is most of what a method costs.
+Here several are drawn at once: a hash of the place instead of a generator's state, and formulas without branches
+instead of a table. Plain arithmetic and square roots only, each rounded alone, so the bits are those of any machine.
+
+Compiled from a copy in the cache folder (`engines._modules`), by `_large.py`; nothing imports this file itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+# `lowbias32` of C. Wellons (2018): two rounds of xorshift and multiplication scatter neighbouring numbers
+_FIRST, _SECOND = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
+_15, _16 = np.uint32(15), np.uint32(16)
+_BLOCK = 1024
+
+_compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _hash(first: int, key: int, out: Any) -> None:
+    """Bits of the places `first`, `first + 1`, ... in the stream `key`."""
+    for i in range(len(out)):
+        x = np.uint32(first + i)
+        for k in (np.uint32(0), key):
+            x = np.uint32(x ^ k)
+            x = np.uint32((x ^ (x >> _16)) * _FIRST)
+            x = np.uint32((x ^ (x >> _15)) * _SECOND)
+            x = np.uint32(x ^ (x >> _16))
+        out[i] = x
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def _box_muller(radius: Any, angle: Any, x: Any, y: Any) -> None:
+    """Two independent normal numbers from two words of 32 bits (Box and Muller 1958)."""
+    for i in range(len(x)):
+        # u in (0, 1): the middles of 2^32 cells
+        u = np.float64((np.float64(np.int32(radius[i])) + 2147483648.5) * 2.0**-32)
+        bits = u.view(np.int64)
+        exponent = np.float64(np.int32(bits >> 52) - 1023)
+        m = np.int64((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).view(np.float64)  # in [1, 2)
+        # log m = log sqrt 2 + 2 atanh s
+        s = (m - 1.4142135623730951) / (m + 1.4142135623730951)
+        w = s * s
+        series = 1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w * (1 / 13)))))
+        log = (exponent + 0.5) * 0.6931471805599453 + 2 * s * (1 + w * series)
+        r = math.sqrt(max(0.0, -2.0 * log))
+        # 30 bits say where between -45 and 45 degrees, the other two which quarter
+        v = (np.float64(np.int32(angle[i] << np.uint32(2))) + 2.0) * (2.0**-31 * 0.7853981633974483)
+        q = v * v
+        sin = v * (1 - q / 6 * (1 - q / 20 * (1 - q / 42 * (1 - q / 72 * (1 - q / 110)))))
+        cos = 1 - q / 2 * (1 - q / 12 * (1 - q / 30 * (1 - q / 56 * (1 - q / 90))))
+        r = -r if angle[i] & np.uint32(0x80000000) else r
+        turned = angle[i] & np.uint32(0x40000000)
+        x[i] = r * (sin if turned else cos)
+        y[i] = r * (cos if turned else sin)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def normal(keys: Any, out: Any) -> None:
+    """Independent normal numbers into `out`, shape (rows, n), of which each row has two keys, shape (rows, 2)."""
+    radius, angle = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    rest = np.empty(2 * _BLOCK)
+    for k in range(len(out)):
+        row = out[k]  # contiguous, which the compiler does not see of out[k, begin:end]
+        for begin in range(0, len(row), 2 * _BLOCK):
+            _hash(begin // 2, keys[k, 0], radius)
+            _hash(begin // 2, keys[k, 1], angle)
+            part = row[begin : begin + 2 * _BLOCK]
+            whole = part if len(part) == 2 * _BLOCK else rest
+            _box_muller(radius, angle, whole[:_BLOCK], whole[_BLOCK:])
+            if len(part) < 2 * _BLOCK:
+                part[:] = rest[: len(part)]
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def moments(x: Any, mu: Any, sigma: Any, weights: Any, first: Any, second: Any) -> None:
+    """Add to `first` and `second`, shape (n,), the sums over the rows of `x` of w z and w z², z = (x - mu) / sigma."""
+    for begin in range(0, len(mu), _BLOCK):  # what a block of columns sums up stays in the cache
+        m, s = mu[begin : begin + _BLOCK], sigma[begin : begin + _BLOCK]
+        a, b = first[begin : begin + _BLOCK], second[begin : begin + _BLOCK]
+        for k in range(len(x)):
+            row, weight = x[k][begin : begin + _BLOCK], weights[k]
+            for i in range(len(m)):
+                z = (row[i] - m[i]) / s[i]
+                weighted = z * weight
+                a[i] += weighted
+                b[i] += weighted * z
