@@ -15,6 +15,7 @@ from hybridopt.text import method
 from hybridopt.vector import ParameterVector
 
 DENSE = 300  # weights up to which methods of n² memory are used
+MODELLED = 40  # weights up to which CMA-ES is worth a model
 MANY = 20_000  # weights from which a quasi-Newton method's own vectors are too dear
 
 
@@ -29,10 +30,12 @@ class Auto(Method):
 
     - constraints: SLSQP begun again;
     - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
-    - gradients: SLSQP (L-BFGS-B above 300 weights) begun again; with a box a quarter of the budget is CMA-ES's;
-      above 20 000 weights Adam;
-    - values alone: SLSQP with differences from random points of the box; line searches along the coordinates, for
-      losses that are nearly sums of functions of one weight; then CMA-ES with restarts. Above 300 weights CMA-ES with a
+    - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
+      weights Adam;
+    - a box, with gradients or without: n + 2 evaluations tell whether the loss is a sum of functions of one weight;
+      if so, line searches along the coordinates find its minimum. Else SLSQP from the start and from a random point,
+      then CMA-ES with a quadratic model (`lq_cmaes`) and restarts; where there are 500 evaluations a weight (with
+      gradients 100) or more, SLSQP from many random points. Above 40 weights CMA-ES without a model, above 300 with a
       diagonal or a limited memory.
 
     With a loss that draws random numbers no point is known to be the best, and what the first, local parts find is
@@ -47,7 +50,7 @@ class Auto(Method):
         ...     return float((x**2 - 10 * np.cos(2 * np.pi * x) + 10).sum())
         >>> r = hybridopt.minimize(loss, np.full(2, 3.2), "auto", budget=2000, bounds=(-5, 5), seed=0)
         >>> r.best_loss < 1e-6, r.notes[-1][:36]
-        (True, 'auto chose scipy.slsqp from random p')
+        (True, 'auto chose line searches along the c')
     """
 
     name: ClassVar[str] = "auto"
@@ -78,46 +81,34 @@ def choose(objective: Objective) -> tuple[str, str]:
         return f"restart(slsqp, {again})", f"scipy.slsqp from {places}, since it keeps constraints"
     if objective.residuals is not None:
         return "restart(least_squares)", "least squares, since the residuals are known"
-    if objective.differentiable:
-        if n > MANY and vector.integer is None:
-            return "adam", f"adam, since {n} weights have gradients"
-        local = "slsqp" if n <= DENSE else "lbfgsb"
-        if n > DENSE:
-            return (
-                f"restart({local})",
-                f"scipy.{local} from perturbed best points, since there may be gradients",
-            )
-        if not boxed:
-            return (
-                f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local})",
-                f"scipy.{local} from points about the start, then from perturbed best ones, since there may be "
-                "gradients",
-            )
+    gradients = objective.differentiable
+    if gradients and n > MANY and vector.integer is None:
+        return "adam", f"adam, since {n} weights have gradients"
+    if gradients and n > DENSE:
+        return "restart(lbfgsb)", "scipy.lbfgsb from perturbed best points, since there may be gradients"
+    if gradients and not boxed:
         return (
-            f"restart({local}, begin_at=uniform, evaluations=50%) > restart({local}, evaluations=25%) > "
-            "cmaes(restarts=bipop)",
-            f"scipy.{local} from random points, then from perturbed best ones, then cmaes, since there may be "
-            f"gradients and {n} weights have a box",
+            "restart(slsqp, begin_at=uniform, evaluations=50%) > restart(slsqp)",
+            "scipy.slsqp from points about the start, then from perturbed best ones, since there may be gradients",
         )
     if n > DENSE:
         covariance = "separable" if n <= MANY else "limited"
         return f"cmaes(covariance={covariance})", f"cmaes of O(n) memory, since {n} weights have no gradients"
+    search = "lq_cmaes" if n <= MODELLED else "cmaes"
+    last = f"{search}(restarts=bipop, handover=point)"
     if not boxed:
         return (
-            "restart(slsqp, evaluations=30%) > cmaes(restarts=bipop)",
-            "scipy.slsqp with differences, then cmaes, since there are no gradients and no box",
+            f"restart(slsqp(ftol=1e-11), evaluations=30%) > {last}",
+            f"scipy.slsqp with differences, then {search}, since there are no gradients and no box",
         )
-    each = _each(objective) / n
-    if each < 100:
-        return (
-            "restart(slsqp(ftol=1e-11), begin_at=uniform)",
-            f"scipy.slsqp from random points, since {each:.0f} evaluations a weight are few",
-        )
-    first, lines = (25, 15) if each >= 500 else (55, 20)
+    if _each(objective) < (100 if gradients else 500) * n:
+        starts, places = "restarts=1", "two points"
+    else:
+        starts, places = f"evaluations={30 if gradients else 15}%", "random points"
     return (
-        f"restart(slsqp(ftol=1e-11), begin_at=uniform, evaluations={first}%) > "
-        f"coordinate_search(evaluations={lines}%) > cmaes(restarts=bipop)",
-        "scipy.slsqp from random points, coordinate_search, then cmaes, since there are no gradients",
+        f"coordinate_search(separable=true) > restart(slsqp(ftol=1e-11), begin_at=uniform, {starts}) > {last}",
+        f"line searches along the coordinates if the loss is a sum over them, else scipy.slsqp from {places}, then "
+        f"{search}, since there {'may be' if gradients else 'are no'} gradients and {n} weights have a box",
     )
 
 

@@ -15,6 +15,8 @@ from hybridopt.errors import MethodError
 from hybridopt.presets import choose
 from tests.driving import BOX, Recorded, rosenbrock
 
+BOX5 = (-5.0, 5.0)
+
 
 def values(x: np.ndarray) -> float:
     return float((x**2).sum())
@@ -28,42 +30,15 @@ def gradients(x: Tensor) -> Tensor:
     "loss, n, bounds, budget, first, why",
     [
         (gradients, 3, None, 500, "restart(slsqp, begin_at=uniform, evaluations=50%)", "about the start"),
-        (gradients, 3, BOX, 500, "restart(slsqp, begin_at=uniform, evaluations=50%)", "have a box"),
+        (gradients, 3, BOX, 500, "coordinate_search(separable=true)", "from random points, then lq_cmaes"),
+        (gradients, 3, BOX, 200, "coordinate_search(separable=true)", "from two points, then lq_cmaes"),
         (gradients, 400, BOX, 500, "restart(lbfgsb)", "there may be gradients"),
         (gradients, 30_000, BOX, 500, "adam", "30000 weights have gradients"),
-        (
-            values,
-            3,
-            BOX,
-            90,
-            "restart(slsqp(ftol=1e-11), begin_at=uniform)",
-            "30 evaluations a weight are few",
-        ),
-        (
-            values,
-            3,
-            BOX,
-            900,
-            "restart(slsqp(ftol=1e-11), begin_at=uniform, evaluations=55%)",
-            "no gradients",
-        ),
-        (
-            values,
-            3,
-            BOX,
-            9000,
-            "restart(slsqp(ftol=1e-11), begin_at=uniform, evaluations=25%)",
-            "no gradients",
-        ),
-        (
-            values,
-            3,
-            BOX,
-            "9s",
-            "restart(slsqp(ftol=1e-11), begin_at=uniform, evaluations=25%)",
-            "no gradients",
-        ),
-        (values, 3, None, 900, "restart(slsqp, evaluations=30%)", "no gradients and no box"),
+        (values, 3, BOX, 900, "coordinate_search(separable=true)", "from two points, then lq_cmaes"),
+        (values, 3, BOX, 9000, "coordinate_search(separable=true)", "from random points, then lq_cmaes"),
+        (values, 3, BOX, "9s", "coordinate_search(separable=true)", "from random points, then lq_cmaes"),
+        (values, 50, BOX, 900, "coordinate_search(separable=true)", "from two points, then cmaes"),
+        (values, 3, None, 900, "restart(slsqp(ftol=1e-11), evaluations=30%)", "no gradients and no box"),
         (values, 400, BOX, 900, "cmaes(covariance=separable)", "400 weights have no gradients"),
         (values, 30_000, None, 900, "cmaes(covariance=limited)", "30000 weights have no gradients"),
     ],
@@ -154,6 +129,26 @@ def test_identity() -> None:
         problem.loss, problem.target, "auto", budget="3000fe", seed=1, bounds=problem.bounds
     )
     assert result.best_loss <= 0.783055
+
+
+def rastrigin(x: np.ndarray) -> float:
+    z = x - 1.3
+    return float((z**2 - 10 * np.cos(2 * np.pi * z) + 10).sum())
+
+
+def test_values_alone() -> None:
+    """A sum over the weights with ten minima each, and a turned ellipsoid of condition 10^6."""
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((5, 5)))[0]
+    scale = np.logspace(0, 6, 5)
+    x0 = np.random.default_rng(1).uniform(-4, 4, 5)
+    sums = hybridopt.minimize(rastrigin, x0, "auto", budget=1000, bounds=BOX5, seed=0)
+    assert sums.best_loss < 1e-6
+
+    def ellipsoid(x: np.ndarray) -> float:
+        return float(scale @ (turn @ (x - 1.3)) ** 2)
+
+    bent = hybridopt.minimize(ellipsoid, x0, "auto", budget=1000, bounds=BOX5, seed=0)
+    assert bent.best_loss < 1e-8
 
 
 def test_rosenbrock() -> None:

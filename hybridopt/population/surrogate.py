@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar, Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from scipy.linalg.lapack import dposv
 from hybridopt.optimizer import HandOver
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
-from hybridopt.population._common import require_at_least, require_positive
+from hybridopt.population._common import require_at_least, require_positive, spread
 from hybridopt.population._covariance import Full
 from hybridopt.population.cmaes import CMAES, Search
 from hybridopt.start import Ending, Start
@@ -49,7 +49,9 @@ class LQCMAES(PopulationMethod):
     joins only where it has one.
 
     Args:
-        sigma, popsize, restarts, max_restarts: as in `cmaes`.
+        sigma: initial standard deviation in solver coordinates, shared by all weights; None = handed over by a
+            predecessor, else a tenth of the range of each bounded weight, 1/6 for unbounded ones.
+        popsize, restarts, max_restarts: as in `cmaes`.
 
     Raises:
         MethodError: an option of the wrong type or sign.
@@ -109,7 +111,12 @@ class Surrogate(Strategy):
     """How many were asked and not yet told."""
 
     def __init__(self, method: LQCMAES, start: Start) -> None:
-        self.search = Search(method.inner, start)
+        inner = method.inner
+        if method.sigma is None and start.sigma is None and start.covariance is None:
+            stds = spread(start, None) / 3  # a model soon says whether to take larger steps
+            inner = replace(inner, sigma=float(stds.max()))
+            start = replace(start, covariance=(stds / stds.max()) ** 2)
+        self.search = Search(inner, start)
         self.x, self.losses = np.empty((0, start.n)), np.empty(0)
         self.generation, self.known, self.predicted = None, np.empty(0), np.empty(0)
         self.asked = 0
