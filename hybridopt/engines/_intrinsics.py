@@ -95,6 +95,19 @@ def from_float16(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def gradient_of(typingctx: Any, function: Any, tensor: Any) -> Any:
+    """Call `at::Tensor *function(c10::TensorImpl *)`, all given as addresses."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = ir.IntType(8).as_pointer()
+        called = builder.inttoptr(args[0], ir.FunctionType(address, [address]).as_pointer())
+        told = builder.call(called, [builder.inttoptr(args[1], address)])
+        return builder.ptrtoint(told, ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def ask_tensor(typingctx: Any, function: Any, tensor: Any, out: Any) -> Any:
     """Call `int32 function(tensor, out)`, all given as addresses: torch's C functions that tell about a tensor."""
 

@@ -61,14 +61,20 @@ def squares_source(dtype: str) -> str:
 
 
 def watch_source() -> str:
-    """A module that compares tensors with what is known of them: `look(block)`, `block` being the address of 20 int64.
+    """A module that compares what is there with what is known of it: `look(tensors, gradients)`, `same(block)`.
 
-    They are: how many tensors; the addresses of a Python list of them, of their data's addresses, and of their layouts
-    (how many dimensions, sizes, strides; -1 = any will do); room for an answer; torch's functions that tell a tensor's
-    data, dimensions, sizes, strides, and dtype, layout, kind and number of the device; what the last four should say;
-    the two types that an object may have. Returns how many have other data (their addresses are put down if the last
-    number says so), -1 if something else differs. A list's items stand 24 bytes behind its address, an object's type
-    8, its `at::Tensor` 16 (CPython; the caller makes sure).
+    `look` takes the addresses of two blocks of 22 int64: how many tensors; the addresses of a Python list of them, of
+    their data's addresses, and of their layouts (how many dimensions, sizes, strides; -1 = any will do); room for an
+    answer; torch's functions that tell a tensor's data, dimensions, sizes, strides, and dtype, layout, kind and number
+    of the device; what the last four should say; the two types that an object may have; and of gradients the address of
+    torch's function that finds one (0: the tensors themselves are meant), the place and the value of its dispatch keys.
+    Returns -1 if anything differs, but for gradients with other data, which are put down and counted.
+
+    `same` takes the address of a block of int64: how many lists; of each its address, its length and its items; how
+    many dicts; of each its address and its version. Returns 1 if all are so.
+
+    A list's items stand 24 bytes behind its address, an object's type 8, the size of a list 16, its `at::Tensor` 16, a
+    dict's version 24 (CPython; the caller makes sure).
     """
     return "\n".join([*_imports(), _WATCH])
 
@@ -81,7 +87,8 @@ def _imports() -> list[str]:
         "from numba import carray, njit",
         "from hybridopt.engines._intrinsics import bfloat16_bits, fma as _fma, float16_bits, float32_bits",
         "from hybridopt.engines._intrinsics import from_bfloat16 as _from_bfloat16, from_float16 as _from_float16",
-        "from hybridopt.engines._intrinsics import ask_tensor, pointer_f32, pointer_f64, pointer_i64, pointer_u16",
+        "from hybridopt.engines._intrinsics import ask_tensor, gradient_of",
+        "from hybridopt.engines._intrinsics import pointer_f32, pointer_f64, pointer_i64, pointer_u16",
         "OPTIONS = dict(nogil=True, error_model='numpy', no_cfunc_wrapper=True)",
         "INNER = dict(OPTIONS, no_cpython_wrapper=True)  # called by `run` alone; wrappers would cost 0.2 s",
     ]
@@ -288,20 +295,27 @@ def _differ(address, known, first, count):
         if there[i] != known[first + i]:
             return True
     return False
-@njit('int64(int64)', cache=True, error_model='numpy', no_cfunc_wrapper=True)
-def look(block_address):
-    block = carray(pointer_i64(block_address), (20,))
+@njit(**INNER)
+def _at(address):
+    return carray(pointer_i64(address), (1,))[0]
+@njit(**INNER)
+def _look(block_address):
+    block = carray(pointer_i64(block_address), (22,))
     n, answer = block[0], block_address + 32
-    objects = carray(pointer_i64(carray(pointer_i64(block[1] + 24), (1,))[0]), (n,))
+    objects = carray(pointer_i64(_at(block[1] + 24)), (n,))
     data = carray(pointer_i64(block[2]), (n,))
     layouts = carray(pointer_i64(block[3]), (1,))
     at = moved = 0
     for k in range(n):
-        kind = carray(pointer_i64(objects[k] + 8), (1,))[0]
+        kind = _at(objects[k] + 8)
         if kind != block[17] and kind != block[18]:
             return -1
         tensor, dims = objects[k] + 16, layouts[at]
         at += 1
+        if block[19] != 0:
+            tensor = gradient_of(block[19], _at(tensor))
+            if _at(_at(tensor) + block[20]) != block[21]:
+                return -1
         if dims >= 0:
             for i in range(4):
                 if ask_tensor(block[9 + i], tensor, answer) != 0 or (block[4] & 0xFFFFFFFF) != block[13 + i]:
@@ -319,6 +333,28 @@ def look(block_address):
             if block[19] != 0:
                 data[k] = block[4]
     return moved
+@njit('int64(int64, int64)', cache=True, error_model='numpy', no_cfunc_wrapper=True)
+def look(tensors, gradients):
+    if _look(tensors) != 0:
+        return -1
+    return 0 if gradients == 0 else _look(gradients)
+@njit('int64(int64)', cache=True, error_model='numpy', no_cfunc_wrapper=True)
+def same(address):
+    lists, at = _at(address), address + 8
+    for k in range(lists):
+        there, count = _at(at), _at(at + 8)
+        if _at(there + 16) != count:
+            return 0
+        items = _at(there + 24)
+        for i in range(count):
+            if _at(items + 8 * i) != _at(at + 16 + 8 * i):
+                return 0
+        at += 16 + 8 * count
+    dicts = _at(at)
+    for k in range(dicts):
+        if _at(_at(at + 8 + 16 * k) + 24) != _at(at + 16 + 16 * k):
+            return 0
+    return 1
 """
 
 _HELPERS = """

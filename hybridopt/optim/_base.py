@@ -20,7 +20,7 @@ from hybridopt.optim._flat import Layout, NotFlat, flatten, own_memory
 from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._plan import Broken, FirstStep, Ineligible, Plan, plans_for
 from hybridopt.optim._shards import Shards, sharded
-from hybridopt.optim._watch import END, Contents
+from hybridopt.optim._watch import END, Contents, Versions
 from hybridopt.rules import Rule
 
 # Private names of torch, and why: profiler_enabled keeps `Optimizer.step#...` in profiles without paying for the range
@@ -43,6 +43,7 @@ class FusedStep(Extended):
     _states: Mapping[Tensor, Any] | None = None
     _structure = _options = Contents(())
     _layout: Layout | None = None
+    _versions = Versions()
     _live = False  # an option may change without being replaced
     _unscaling = False
     _shards: Shards | None = None
@@ -152,15 +153,27 @@ class FusedStep(Extended):
 
     def _current(self, plans: list[Plan]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
-        if self.state is not self._states or not self._structure.same():
+        if self.state is not self._states or (
+            (self._live or not self._versions.same()) and not self._take_options(plans)
+        ):
+            return False
+        for plan in plans:  # noqa: SIM110 - all() over a generator would take half a microsecond more
+            if not plan.refresh():
+                return False
+        return True
+
+    def _take_options(self, plans: list[Plan]) -> bool:
+        """Compare objects one by one, where something may have changed; False if more than options has."""
+        if not self._structure.same():
             return False
         if self._live or not self._options.same():
             if not all(plan.read_options(self, self.param_groups[plan.index]) for plan in plans):
                 return False
             self._note_options(plans)
-        for plan in plans:  # noqa: SIM110 - all() over a generator would take half a microsecond more
-            if not plan.refresh():
-                return False
+        self._versions = Versions(
+            [self.param_groups, *(group["params"] for group in self.param_groups)],
+            [*self.param_groups, self.state, *self.state.values()],
+        )
         return True
 
     def _note_structure(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hybridopt.engines import cpu, gpu
 from hybridopt.engines._variant import SIZES, Variant
 from hybridopt.optim._flat import dense
-from hybridopt.optim._watch import PLAIN, Memory, readable
+from hybridopt.optim._watch import PLAIN, Gradients, Memory, readable
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 _address = Tensor.data_ptr
 _gradient = attrgetter("grad")
-_negated = Tensor.is_neg
 _NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in SIZES}
 _SCALARS = (torch.float32, torch.float64)
 _NOTHING: dict[str, Any] = {}
@@ -87,7 +86,7 @@ class Plan(abc.ABC):
         self.tensors = [*self.params, *chain.from_iterable(states)]
         self.memory = Memory(self.params, self.tensors[self.size :]) if readable(self.tensors) else None
         self.known = self._now()
-        self.there: Memory | None = None  # the gradients
+        self.there: Gradients | None = None
         self.numels = [p.numel() for p in self.params]
         self.strides = [None if p.is_contiguous() else p.stride() for p in self.params]
         self.live = False
@@ -125,14 +124,11 @@ class Plan(abc.ABC):
 
     def refresh(self) -> bool:
         """Read where the gradients are; False if anything but gradients has moved, and the plan must be rebuilt."""
-        if not self._unmoved() or (self.absent and any(p.grad is not None for p in self.absent)):
+        if self.absent and any(p.grad is not None for p in self.absent):
             return False
-        grads = [*map(_gradient, self.params)]
-        moved = -1 if self.there is None else self.there.look(grads)
+        moved = -1 if self.memory is None or self.there is None else self.memory.look(self.there)
         if moved < 0:
-            return self._take_gradients(grads)
-        if any(map(_negated, grads)):
-            return False
+            return self._unmoved() and self._take_gradients([*map(_gradient, self.params)])
         if moved:
             self._moved()
         return True
@@ -140,7 +136,7 @@ class Plan(abc.ABC):
     def _unmoved(self) -> bool:
         """Whether weights and states have the memory that the table says, and weights the layout."""
         if self.memory is not None:
-            return self.memory.same()
+            return self.memory.look() == 0
         try:
             return self._now() == self.known
         except RuntimeError:  # no memory at all
@@ -159,8 +155,7 @@ class Plan(abc.ABC):
         if not self._alike(grads):
             return False
         if self.memory is not None and readable(grads):
-            self.there = Memory(grads, (), self.gradients)
-            self.there.tensors = []  # gradients are not kept alive
+            self.there = Gradients(self.params, grads, self.gradients)
         if addresses != self.gradients:
             self.gradients[:] = addresses
             self._moved()

@@ -20,6 +20,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 _END = object()
 END = (_END,)  # stands between containers: what goes from one to the next does not go unnoticed
 # of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h); each is `int32 f(at::Tensor *, out *)`
+_FIND = "_ZNK3c1010TensorImpl4gradEv"  # c10::TensorImpl::grad() const: not stable, therefore tried before use
 _TELL = ("data_ptr", "dim", "sizes", "strides", "dtype", "layout", "device_type", "device_index")
 
 
@@ -35,38 +36,83 @@ class Contents:
         return all(map(is_, chain.from_iterable(self.containers), self.known))
 
 
+class Versions:
+    """Whether lists hold the same objects, and dicts were not written to; compiled, where CPython counts versions.
+
+    Answers "no" where it cannot know: `Contents` then tells.
+    """
+
+    def __init__(self, lists: Sequence[list[Any]] = (), dicts: Sequence[dict[Any, Any]] = ()) -> None:
+        self.kept = lists, dicts, [list(one) for one in lists]
+        self.block: array[int] | None = None
+        if lists and counts_versions() and all(isinstance(one, dict) for one in dicts):
+            self.block = array("q", [len(lists)])
+            for one in lists:
+                self.block.extend([id(one), len(one), *map(id, one)])
+            self.block.append(len(dicts))
+            for other in dicts:
+                self.block.extend([id(other), _number_at(id(other) + 24)])
+            self.address = self.block.buffer_info()[0]
+            self.compiled: Callable[[int], int] = cpu.watch().same
+
+    def same(self) -> bool:
+        """Whether all is known to be as it was."""
+        return self.block is not None and self.compiled(self.address) == 1
+
+
+@functools.cache
+def counts_versions() -> bool:
+    """Whether a dict has a number, where CPython 3.11 has it, that every change of it changes."""
+    if not functions():
+        return False
+    seen, one = set(), {"a": 1}
+    for change in (
+        lambda: one.update(a=2),
+        lambda: one.update(b=3),
+        lambda: one.pop("b"),
+        one.clear,
+        lambda: one.update(a=2),
+    ):
+        seen.add(_number_at(id(one) + 24))
+        change()
+    return len(seen | {_number_at(id(one) + 24)}) == 6
+
+
 class Memory:
     """What compiled code compares tensors with; about 10 ns a tensor, where asking from Python takes 50 to 200.
 
     Args:
         laid_out: tensors of one dtype and device whose layout must stay, too; at least one.
         others: tensors of which only the address counts.
-        addresses: of all their data; `look` puts down there what has changed. None = an own list, never changed.
     """
 
-    def __init__(
-        self, laid_out: Sequence[Tensor], others: Sequence[Tensor], addresses: array[int] | None = None
-    ) -> None:
-        self.tensors = tensors = [*laid_out, *others]
+    def __init__(self, laid_out: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self.tensors = [*laid_out, *others]
+        self.addresses = array("q", map(Tensor.data_ptr, self.tensors))
+        self._watch(laid_out, len(others), (0, 0, 0))
+
+    def _watch(self, laid_out: Sequence[Tensor], others: int, finding: tuple[int, int, int]) -> None:
         self.layouts = array("q")
         for t in laid_out:
             self.layouts.extend((t.dim(), *t.shape, *t.stride()))
-        self.layouts.extend(-1 for _ in others)
-        self.addresses = array("q", map(Tensor.data_ptr, tensors)) if addresses is None else addresses
+        self.layouts.extend(-1 for _ in range(others))
         known = [a.buffer_info()[0] for a in (self.addresses, self.layouts)]
-        self.block = array("q", [len(tensors), id(tensors), *known, 0, *functions()])
-        self.block.extend([*_asked(laid_out[0], 4), *map(id, PLAIN), addresses is not None])
+        self.block = array("q", [len(self.tensors), id(self.tensors), *known, 0, *functions()[: len(_TELL)]])
+        self.block.extend([*_asked(laid_out[0], 4), *map(id, PLAIN), *finding])
         self.address = self.block.buffer_info()[0]
-        self.compiled: Callable[[int], int] = cpu.watch().look
+        self.compiled: Callable[[int, int], int] = cpu.watch().look
 
-    def same(self) -> bool:
-        """Whether all are as they were."""
-        return self.compiled(self.address) == 0
+    def look(self, gradients: Gradients | None = None) -> int:
+        """-1 if a tensor here, or a gradient, is not as it was; else how many gradients have other addresses."""
+        return self.compiled(self.address, 0 if gradients is None else gradients.address)
 
-    def look(self, tensors: list[Any]) -> int:
-        """How many of these objects, equally many, have other addresses; -1 if one is of another kind."""
-        self.block[1] = id(tensors)
-        return self.compiled(self.address)
+
+class Gradients(Memory):
+    """The same for the gradients of weights, which are not kept alive; their new addresses are put down."""
+
+    def __init__(self, weights: list[Tensor], gradients: Sequence[Tensor], addresses: array[int]) -> None:
+        self.tensors, self.addresses = weights, addresses
+        self._watch(gradients, 0, (functions()[-1], _place_of_keys(), _keys(gradients[0])))
 
 
 @functools.cache
@@ -82,14 +128,38 @@ def functions() -> tuple[int, ...]:
     items = [_END, END]
     if _number_at(_number_at(id(items) + 24) + 8) != id(END) or _number_at(id(items) + 8) != id(list):
         return ()
+    names = [*(f"aoti_torch_get_{name}" for name in _TELL), _FIND]
     try:
-        found = [
-            ctypes.cast(getattr(_library(), f"aoti_torch_get_{name}"), ctypes.c_void_p) for name in _TELL
-        ]
+        found = [ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0 for name in names]
         cpu.watch()
     except (OSError, AttributeError, cpu.Untranslatable):
         return ()
-    return tuple(address.value or 0 for address in found)
+    return tuple(found) if _finds_gradients(found[-1]) else ()
+
+
+def _finds_gradients(function: int) -> bool:
+    """Whether torch's function tells the address of a weight's gradient, and dispatch keys are found."""
+    p = torch.zeros(1, requires_grad=True)
+    p.grad = torch.zeros(1)
+    find = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(function)
+    handle = find(_number_at(id(p) + 16))
+    return handle is not None and _number_at(handle) == _number_at(id(p.grad) + 16) and _place_of_keys() > 0
+
+
+@functools.cache
+def _place_of_keys() -> int:
+    """Where in a `c10::TensorImpl` its dispatch keys stand, which tell views, layouts and kinds apart; 0 = unknown."""
+    plain = torch.zeros(1)
+    tensors = [plain, torch._neg_view(plain), plain.double().requires_grad_()]
+    for place in range(8, 192, 8):
+        if all(_number_at(_number_at(id(t) + 16) + place) == _keys(t) for t in tensors):
+            return place
+    return 0
+
+
+def _keys(t: Tensor) -> int:
+    keys: int = torch._C._dispatch_keys(t).raw_repr()
+    return keys if keys < 1 << 63 else keys - (1 << 64)
 
 
 @functools.cache
@@ -116,7 +186,7 @@ def _asked(t: Tensor, first: int) -> list[int]:
     told = ctypes.c_int32()
     kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
     answers = []
-    for function in functions()[first:]:
+    for function in functions()[first : len(_TELL)]:
         kind(function)(id(t) + 16, ctypes.addressof(told))
         answers.append(told.value & 0xFFFFFFFF)
     return answers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -12,8 +13,14 @@ from torch.nn import Parameter
 
 import hybridopt.optim
 from hybridopt.optim import _plan, _watch
-from hybridopt.optim._watch import END, Contents, Memory
+from hybridopt.optim._watch import END, Contents, Gradients, Memory, Versions
 from tests.optim.test_contracts import COMPILED, MOVES, STRANGE, assert_same, both, give, pair
+
+
+class Dispatching(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError("nothing may be computed with it")
 
 
 def tensors() -> list[Tensor]:
@@ -54,13 +61,13 @@ def test_weight_that_moved(change: Any) -> None:
     laid_out, others = tensors(), tensors()
     assert _watch.readable([*laid_out, *others])
     memory = Memory(laid_out, others)
-    assert memory.same()
-    assert memory.same()
+    assert memory.look() == 0
+    assert memory.look() == 0
     laid_out[0].mul_(2)
-    assert memory.same()
+    assert memory.look() == 0
     change(laid_out[0])
-    assert not memory.same()
-    assert not memory.same()  # as often as one asks
+    assert memory.look() == -1
+    assert memory.look() == -1  # as often as one asks
 
 
 @pytest.mark.parametrize("change", [_data, _swap, _share])
@@ -68,39 +75,86 @@ def test_state_that_moved(change: Any) -> None:
     laid_out, others = tensors(), tensors()
     memory = Memory(laid_out, others)
     others[0].t_()  # its layout was looked at when the plan was made
-    assert memory.same()
+    assert memory.look() == 0
     change(others[0])
-    assert not memory.same()
+    assert memory.look() == -1
 
 
 @pytest.mark.parametrize(
     "other",
     [
         None,
-        torch.randn(4, 4, dtype=torch.float64),
         torch.randn(4, 4).to_sparse(),
+        torch._neg_view(torch.randn(4, 4)),
+        torch._neg_view(torch.randn(4, 4)).t().t(),
         torch.randn(4, 4).t(),
-        torch.randn(16),
-        torch.randn(2, 8),
-        torch.empty(4, 4, device="meta"),
-        torch.randn(4, 4).as_subclass(type("Special", (Tensor,), {})),
-        "not a tensor",
+        torch.randn(4, 4).as_subclass(Dispatching),
     ],
-    ids=lambda x: str(getattr(x, "shape", x)),
+    ids=["None", "sparse", "negated", "negated view", "transposed", "subclass"],
 )
 def test_gradient_of_another_kind(other: Any) -> None:
-    from array import array
-
-    grads: list[Any] = tensors()
+    weights = [t.requires_grad_() for t in tensors()]
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    grads = [p.grad for p in weights if p.grad is not None]
     addresses = array("q", [g.data_ptr() for g in grads])
-    memory = Memory(grads, (), addresses)
-    assert memory.look(grads) == 0
-    again: list[Any] = [g.clone() for g in tensors()]
-    assert memory.look(again) == 3  # the one without elements has no address
+    memory, gradients = Memory(weights, ()), Gradients(weights, grads, addresses)
+    assert memory.look(gradients) == 0
+    again = [g.clone() for g in grads]
+    for p, g in zip(weights, again, strict=True):
+        p.grad = g
+    assert memory.look(gradients) == 3  # the one without elements has no address
     assert list(addresses) == [g.data_ptr() for g in again]
-    assert memory.look(again) == 0
-    again[0] = other
-    assert memory.look(again) == -1
+    assert memory.look(gradients) == 0
+    weights[0].grad = other
+    assert memory.look(gradients) == -1
+    weights[0].grad = again[0]
+    assert memory.look(gradients) == 0
+    weights[0].data = weights[0].data.clone()
+    assert memory.look(gradients) == -1
+
+
+@pytest.mark.parametrize("name", ["dtype", "shape"])
+def test_gradient_of_another_dtype_or_shape(name: str) -> None:
+    """Which torch lets nobody assign, but `.data` does."""
+    p = torch.zeros(4, 4, requires_grad=True)
+    p.grad = torch.ones(4, 4)
+    gradients = Gradients([p], [p.grad], array("q", [p.grad.data_ptr()]))
+    memory = Memory([p], ())
+    assert memory.look(gradients) == 0
+    others = {
+        "dtype": torch.ones(4, 4).double(),
+        "shape": torch.ones(2, 8),
+    }
+    p.grad.data = others[name]
+    assert memory.look(gradients) == -1
+
+
+@pytest.mark.parametrize("kind", [dict, lambda x: defaultdict(dict, x)])
+def test_versions(kind: Any) -> None:
+    if not _watch.counts_versions():
+        pytest.skip("this Python does not count versions of dicts")
+    number = 1.5
+    items: list[Any] = [object(), object()]
+    held = kind({"a": number})
+    versions = Versions([items, []], [held])
+    assert versions.same()
+    held["a"] = number
+    assert versions.same()
+    for change in (
+        lambda: held.update(a=2.5),
+        lambda: held.setdefault("b", 1),
+        lambda: held.pop("a"),
+        lambda: items.append(1),
+        lambda: items.reverse(),
+        lambda: items.__setitem__(0, object()),
+        lambda: items.clear(),
+    ):
+        assert Versions([items, []], [held]).same()
+        versions = Versions([items, []], [held])
+        change()
+        assert not versions.same()
+    assert not Versions().same()
 
 
 def test_order_counts() -> None:
@@ -120,6 +174,7 @@ def test_order_counts() -> None:
 @pytest.fixture
 def python_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_plan, "readable", lambda tensors: False)
+    monkeypatch.setattr(_watch, "counts_versions", lambda: False)
 
 
 @pytest.mark.usefixtures("python_only")
