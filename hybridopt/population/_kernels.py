@@ -63,8 +63,11 @@ def _box_muller(radius: Any, angle: Any, x: Any, y: Any) -> None:
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def normal(keys: Any, out: Any) -> None:
-    """Independent normal numbers into `out`, shape (rows, n), of which each row has two keys, shape (rows, 2)."""
+def normal(keys: Any, mean: Any, std: Any, out: Any) -> None:
+    """Normal numbers into `out`, shape (rows, n), of which each row has two keys, shape (rows, 2).
+
+    `mean` and `std`, shape (n,), are added and multiplied in the same pass; empty = 0 and 1.
+    """
     radius, angle = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     rest = np.empty(2 * _BLOCK)
     for k in range(len(out)):
@@ -77,6 +80,10 @@ def normal(keys: Any, out: Any) -> None:
             _box_muller(radius, angle, whole[:_BLOCK], whole[_BLOCK:])
             if len(part) < 2 * _BLOCK:
                 part[:] = rest[: len(part)]
+            if len(mean):
+                m, s = mean[begin : begin + 2 * _BLOCK], std[begin : begin + 2 * _BLOCK]
+                for i in range(len(part)):
+                    part[i] = part[i] * s[i] + m[i]
 
 
 @_compiled  # type: ignore[untyped-decorator]

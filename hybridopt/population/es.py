@@ -23,7 +23,7 @@ from hybridopt.population._common import (
     share_by_rank,
     spread,
 )
-from hybridopt.population._large import fill_normal, weighted_moments
+from hybridopt.population._large import Room, fill_normal, weighted_moments
 from hybridopt.start import Ending, Start
 from hybridopt.text import method as read_method
 from hybridopt.vector import ParameterVector
@@ -179,7 +179,7 @@ class _OpenAI(Strategy):
 
     def serve(self, method: _ES, start: Start) -> Strategy:
         """Take options and start, and begin the optimizer on a tensor of its own."""
-        self.method, self.start = method, start
+        self.method, self.start, self.room = method, start, Room()
         self.center = torch.tensor(start.x0)
         bounds = np.stack([start.lower, start.upper], axis=1)
         self.optimizer = read_method(method.optimizer).start(
@@ -196,7 +196,7 @@ class _OpenAI(Strategy):
     def ask(self, rng: np.random.Generator) -> FloatArray:
         """All mu + sigma z, then all mu - sigma z; before the first of them the start, unless its loss is known."""
         n, pairs = self.start.n, self.method.pairs(self.start.n)
-        x = np.empty((2 * pairs + self.fresh, n))
+        x = self.room.take(2 * pairs + self.fresh, n)
         if self.fresh:
             x[0] = self.start.x0
         plus, minus = x[self.fresh : self.fresh + pairs], x[self.fresh + pairs :]

@@ -24,7 +24,7 @@ from hybridopt.population._common import (
     share_by_rank,
     spread,
 )
-from hybridopt.population._large import fill_normal, weighted_moments
+from hybridopt.population._large import Room, fill_normal, weighted_moments
 from hybridopt.start import Ending, Start
 
 
@@ -176,14 +176,14 @@ class _Normal(Strategy):
 
     def serve(self, method: _NES, start: Start) -> Strategy:
         """Take the options and the start, from which no state follows."""
-        self.method, self.start = method, start
+        self.method, self.start, self.room = method, start, Room()
         self.widest = 1e4 * float(spread(start, method.sigma).max())
         return self
 
     def ask(self, rng: np.random.Generator) -> FloatArray:
         """A generation; before the first one the start, unless its loss is known."""
         n, popsize = self.start.n, self.method.points(self.start.n)
-        x = np.empty((popsize + self.fresh, n))
+        x = self.room.take(popsize + self.fresh, n)
         if self.fresh:
             x[0] = self.start.x0
         self.sample(rng, x[self.fresh :])
@@ -234,14 +234,9 @@ class _SNES(_Normal):
 
     def sample(self, rng: np.random.Generator, out: FloatArray) -> None:
         """See `_Normal.sample`. Clipped, which makes no weight's noise larger; it is not kept (memory)."""
-        bounded = self.start.bounded
-        for k in range(len(out)):  # a row is of some MB at most: the next pass finds it in the cache
-            fill_normal(rng, out[k : k + 1])
-            row = out[k]
-            row *= self.sigma
-            row += self.mu
-            if bounded:
-                np.clip(row, self.start.lower, self.start.upper, out=row)
+        fill_normal(rng, out, self.mu, self.sigma)
+        if self.start.bounded:
+            np.clip(out, self.start.lower, self.start.upper, out=out)
 
     def learn(self, x: FloatArray, u: FloatArray) -> None:
         """See `_Normal.learn`."""

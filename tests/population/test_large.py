@@ -13,6 +13,7 @@ from scipy import stats
 
 import hybridopt
 from hybridopt.engines._translate import Untranslatable
+from hybridopt.optimizer import Answer
 from hybridopt.population import CMAES, PGPE, SNES, _large
 from hybridopt.population._large import MANY, fill_normal, weighted_moments
 
@@ -126,3 +127,31 @@ def test_a_run_of_many_weights_resumes_bit_for_bit(method: Any) -> None:
     with run() as resumed:
         resumed.load_state_dict(state)
         assert [resumed.step().loss for _ in range(3)] == expected
+
+
+def test_memory_is_taken_again_only_when_nobody_holds_it() -> None:
+    room = _large.Room()
+    at = room.take(2, 3).ctypes.data
+    assert room.take(2, 3).ctypes.data == at
+    held = room.take(2, 3)
+    other = room.take(2, 3)
+    assert other is not held
+    del held, other
+    view = room.take(2, 3)[1:]
+    assert not np.shares_memory(room.take(2, 3), view)
+    tensor = torch.from_numpy(room.take(2, 3))
+    assert not np.shares_memory(room.take(2, 3), tensor.numpy())
+    assert room.take(3, 3).shape == (3, 3)
+
+
+@pytest.mark.parametrize("method", [SNES(popsize=6), PGPE(popsize=6)], ids=str)
+def test_generations_that_a_caller_keeps_stay_as_they_were(method: Any) -> None:
+    run = method.start(hybridopt.ParameterVector(torch.zeros(3)), 0)
+    kept, copies = [], []
+    for _ in range(4):
+        x = run.ask().x
+        kept.append(x)
+        copies.append(x.copy())
+        run.tell(Answer(losses=(x**2).sum(1)))
+    for one, other in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(one, other)
