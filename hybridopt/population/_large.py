@@ -32,7 +32,7 @@ def fill_normal(
     kernels = _kernels() if out.shape[1] >= MANY else None
     if kernels is None:
         rng.standard_normal(out=out)
-        if mean is not None:
+        if mean is not None and std is not None:
             out *= std
             out += mean
     else:
