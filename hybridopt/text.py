@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,10 @@ class _Parser:
 
     def stage(self) -> Method:
         made = self.one_method()
+        if self.kind == "mark" and self.token == "(":
+            raise self.error(
+                "expected limits inside the parentheses before, or around: (...)(evaluations=100)"
+            )
         if self.kind == "name" and self.token == "until":
             at = self.start
             self.advance()
@@ -294,6 +299,13 @@ class _Parser:
                 if not (self.kind == "mark" and self.token == ")"):
                     self.need(",", "or ')' after a value")
             options = self.rest_of_arguments(None)
+        signature = inspect.signature(rules[name])
+        try:
+            signature.bind(*values, **options)
+        except TypeError as error:
+            self.start = at
+            written = f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}".replace("'", "")
+            raise self.error(f"{name}: {error}; a rule is written {written}") from error
         return self.checked(at, lambda: rules[name](*values, **options))
 
     def checked(self, at: int, make: Callable[[], _T]) -> _T:

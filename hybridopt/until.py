@@ -15,6 +15,7 @@ import torch
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Budget, Ledger, Share
 from hybridopt.optimizer import FloatArray
+from hybridopt.options import Count, NonNegative, Positive, check_options, check_value
 from hybridopt.text import print_value
 
 LIMITS = ("evaluations", "forward_equivalents", "seconds", "steps", "target")
@@ -110,7 +111,7 @@ class Limit(Switch):
             if self.quantity in ("steps", "target"):
                 raise MethodError(f"until: expected a number of {self.quantity}, got a share, {self.value}")
         elif self.quantity == "steps":
-            _whole("until", "steps", self.value)
+            check_value("until", "steps", self.value, Count)
         else:
             Budget(**{self.quantity: self.value})
 
@@ -141,12 +142,11 @@ class Plateau(Switch):
 
     name = "plateau"
 
-    window: int
-    tolerance: float = 1e-3
+    window: Count
+    tolerance: NonNegative = 1e-3
 
     def __post_init__(self) -> None:
-        _whole("plateau", "window", self.window)
-        _positive("plateau", "tolerance", self.tolerance, zero=True)
+        check_options(self)
 
     def met(self, view: View, memory: dict[str, Any]) -> bool:
         """See `Switch.met`."""
@@ -192,10 +192,10 @@ class GradientNorm(Switch):
 
     name = "gradient_norm"
 
-    tolerance: float
+    tolerance: Positive
 
     def __post_init__(self) -> None:
-        _positive(self.name, "tolerance", self.tolerance)
+        check_options(self)
 
     @property
     def needs_gradient(self) -> bool:
@@ -217,10 +217,10 @@ class StepSize(Switch):
 
     name = "step_size"
 
-    tolerance: float
+    tolerance: Positive
 
     def __post_init__(self) -> None:
-        _positive(self.name, "tolerance", self.tolerance)
+        check_options(self)
 
     def met(self, view: View, memory: dict[str, Any]) -> bool:
         """See `Switch.met`."""
@@ -329,17 +329,6 @@ def _joined(how: type[AnyOf] | type[AllOf], parts: Iterable[Switch]) -> Switch:
             raise MethodError(f"until: expected a rule beside {how.mark!r}, got {part!r}")
         flat.extend(part.parts if isinstance(part, how) else (part,))
     return how(tuple(flat))
-
-
-def _whole(rule: str, name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise MethodError(f"{rule}: expected {name} to be a whole number >= 1, got {value!r}")
-
-
-def _positive(rule: str, name: str, value: Any, *, zero: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and (value > 0 or (zero and value == 0))):
-        raise MethodError(f"{rule}: expected {name} to be a number {'>=' if zero else '>'} 0, got {value!r}")
 
 
 def _imported(place: str) -> Any:

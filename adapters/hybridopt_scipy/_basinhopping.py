@@ -9,19 +9,9 @@ import numpy as np
 
 from hybridopt.gradients import Derivative, GradientMode
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, NonNegative, Positive, Range, Share, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-from hybridopt_scipy._minimize import (
-    Count,
-    NonNegative,
-    Positive,
-    Range,
-    Share,
-    check,
-    differentiated,
-    ending,
-    given,
-    quiet,
-)
+from hybridopt_scipy._minimize import differentiated, ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class BasinHopping(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""

@@ -11,8 +11,9 @@ import numpy as np
 from hybridopt.carrier import Isolation
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, NonNegative, Positive
 from hybridopt.solver import Ask, Ending, Start
-from hybridopt_scipy._minimize import Count, Minimize, NonNegative, Positive
+from hybridopt_scipy._minimize import Minimize
 
 
 @dataclass(frozen=True)

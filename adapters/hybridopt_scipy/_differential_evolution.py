@@ -10,18 +10,9 @@ import numpy as np
 from hybridopt.errors import MethodError
 from hybridopt.gradients import Derivative, GradientMode
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, Fraction, NonNegative, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-from hybridopt_scipy._minimize import (
-    Count,
-    Fraction,
-    NonNegative,
-    Restrictions,
-    check,
-    differentiated,
-    ending,
-    given,
-    quiet,
-)
+from hybridopt_scipy._minimize import Restrictions, differentiated, ending, given, quiet
 
 Strategy = Literal[
     "best1bin", "best1exp", "rand1bin", "rand1exp", "rand2bin", "rand2exp", "randtobest1bin", "randtobest1exp",
@@ -81,7 +72,7 @@ class DifferentialEvolution(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
         try:
             factors = np.array(self.mutation, dtype=np.float64)
             right = factors.shape in ((), (2,)) and bool(((factors >= 0) & (factors < 2)).all())

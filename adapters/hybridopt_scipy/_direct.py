@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, Fraction, NonNegative, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-from hybridopt_scipy._minimize import Count, Fraction, NonNegative, check, ending, given, quiet
+from hybridopt_scipy._minimize import ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class DIRECT(BlockingMethod):
     len_tol: Fraction = 1e-6
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
     def memory(self, n: int) -> int:
         """Bytes of the centres and sides of all boxes."""

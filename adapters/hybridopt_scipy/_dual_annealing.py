@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from hybridopt.gradients import Derivative, GradientMode, narrow
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, Range, Share, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-from hybridopt_scipy._minimize import Count, Range, Share, check, differentiated, ending, given, quiet
+from hybridopt_scipy._minimize import differentiated, ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class DualAnnealing(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from hybridopt.errors import MethodError
 from hybridopt.gradients import narrow
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, NonNegative, Positive, Share
 from hybridopt.solver import Ask, Start
-from hybridopt_scipy._minimize import Count, GradientMinimize, NonNegative, Positive, Restrictions, Share
+from hybridopt_scipy._minimize import GradientMinimize, Restrictions
 
 _FREE: frozenset[Need] = frozenset({Need.GRADIENT})
 _BOUNDED: frozenset[Need] = frozenset({Need.GRADIENT, Need.BOUNDS})

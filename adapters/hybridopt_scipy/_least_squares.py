@@ -13,9 +13,10 @@ from hybridopt.carrier import Isolation
 from hybridopt.errors import MethodError, NonFiniteLoss, StateError
 from hybridopt.gradients import GradientMode, Jacobian, ResidualQuantity, narrow
 from hybridopt.optimizer import HandOver, Need, Optimizer
+from hybridopt.options import Count, NonNegative, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 from hybridopt.vector import ParameterVector
-from hybridopt_scipy._minimize import Count, NonNegative, check, ending, given, quiet
+from hybridopt_scipy._minimize import ending, given, quiet
 
 _FAR = 1e150  # a residual that MINPACK, which knows no inf, backs away from
 
@@ -75,7 +76,7 @@ class LeastSquares(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
         eps = float(np.finfo(np.float64).eps)
         smallest, largest = (f((self.ftol, self.xtol, self.gtol)) for f in (min, max))
         if largest < eps or (self.method == "lm" and smallest < eps):

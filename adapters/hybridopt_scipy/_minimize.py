@@ -5,59 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import typing
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridopt.errors import MethodError
 from hybridopt.gradients import ConstraintQuantity, Derivative, GradientMode, Jacobian, narrow
 from hybridopt.ledger import Reason
-from hybridopt.options import check_options
+from hybridopt.options import Positive, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-
-# -- options -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Range:
-    """What values an option may have, beside its type."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-Count: TypeAlias = Annotated[int, Range(">= 1", lambda v: v >= 1)]
-Positive: TypeAlias = Annotated[float, Range("> 0", lambda v: v > 0)]
-NonNegative: TypeAlias = Annotated[float, Range(">= 0", lambda v: v >= 0)]
-Share: TypeAlias = Annotated[float, Range("in (0, 1)", lambda v: 0 < v < 1)]
-Fraction: TypeAlias = Annotated[float, Range("in [0, 1]", lambda v: 0 <= v <= 1)]
-
-
-def check(method: Any) -> None:
-    """Compare a method's options with the types and ranges that its class declares; None always fits its range.
-
-    Raises:
-        MethodError: says which option, what was expected, and what came.
-    """
-    check_options(method)
-    hints = typing.get_type_hints(type(method), include_extras=True)
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        for range_ in _ranges(hints[field.name]):
-            if value is not None and not range_.holds(value):
-                raise MethodError(f"{method.name}: expected {field.name} {range_.words}, got {value!r}")
-
-
-def _ranges(hint: Any) -> list[Range]:
-    """The ranges in `Annotated[...]`, also inside a union."""
-    if typing.get_origin(hint) is Annotated:
-        return [part for part in hint.__metadata__ if isinstance(part, Range)]
-    return [found for part in typing.get_args(hint) for found in _ranges(part)]
 
 
 def given(method: Any, *without: str) -> dict[str, Any]:
@@ -207,7 +166,7 @@ class Minimize(BlockingMethod):
     """The status codes that mean convergence; the others are limits reached and failures, as the message says."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
     def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
         """The arguments of `scipy.optimize.minimize`, but for method, bounds and constraints."""

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from hybridopt.errors import MethodError
 from hybridopt.gradients import Derivative
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, NonNegative, Positive, Share
 from hybridopt.solver import Ask, Start
-from hybridopt_scipy._minimize import Count, Minimize, NonNegative, Positive, Share, given
+from hybridopt_scipy._minimize import Minimize, given
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 

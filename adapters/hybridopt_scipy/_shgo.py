@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from hybridopt.gradients import Derivative, GradientMode, narrow
 from hybridopt.optimizer import Need
+from hybridopt.options import Count, NonNegative, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
-from hybridopt_scipy._minimize import Count, NonNegative, Restrictions, check, ending, given, quiet
+from hybridopt_scipy._minimize import Restrictions, ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SHGO(BlockingMethod):
     gradients: GradientMode = "auto"
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
     def memory(self, n: int) -> int:
         """Bytes of the corners of the box and what connects them, as measured (62 MB for n = 10)."""

@@ -11,6 +11,7 @@ from hybridopt.compose._sequence import Sequence
 from hybridopt.compose.stage import Stage, gather
 from hybridopt.errors import MethodError
 from hybridopt.optimizer import Method
+from hybridopt.options import Count, check_options
 from hybridopt.text import print_call
 
 
@@ -94,14 +95,12 @@ class Cycle(Sequence):
     name: ClassVar[str] = "cycle"
 
     method: Method
-    rounds: int | None = None
+    rounds: Count | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise MethodError(f"cycle: expected a method or chain, got {self.method!r}")
-        whole = isinstance(self.rounds, int) and not isinstance(self.rounds, bool)
-        if self.rounds is not None and not (whole and self.rounds >= 1):
-            raise MethodError(f"cycle: expected rounds >= 1 or None, got {self.rounds!r}")
+        check_options(self)
         object.__setattr__(self, "_stages", Chain((self.method,)).stages)
         gather(self, self._stages)
 

@@ -29,6 +29,7 @@ from hybridopt.optimizer import (
     StageReport,
     Step,
 )
+from hybridopt.options import Count, Part, Positive, check_options
 from hybridopt.randomness import derive_seed
 from hybridopt.start import Start
 from hybridopt.text import print_call
@@ -79,25 +80,16 @@ class MultiStart(Method):
     name: ClassVar[str] = "multistart"
 
     method: Method
-    starts: int = 16
+    starts: Count = 16
     begin_at: Literal["sobol", "uniform", "normal"] = "sobol"
-    sigma: float | None = None
-    keep: float = 0.5
-    rung: float | None = None
+    sigma: Positive | None = None
+    keep: Part = 0.5
+    rung: Positive | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise MethodError(f"multistart: expected a method, got {self.method!r}")
-        whole = isinstance(self.starts, int) and not isinstance(self.starts, bool)
-        if not (whole and self.starts >= 1):
-            raise MethodError(f"multistart: expected starts >= 1, got {self.starts!r}")
-        if self.begin_at not in ("sobol", "uniform", "normal"):
-            raise MethodError(
-                f"multistart: expected begin_at to be sobol, uniform or normal, got {self.begin_at!r}"
-            )
-        if self.sigma is not None and not 0 < self.sigma < np.inf:
-            raise MethodError(f"multistart: expected a positive finite sigma, got {self.sigma!r}")
-        Halving.check(self)
+        check_options(self)
         gather(self, (self.method,))
         object.__setattr__(self, "uses", self.uses | {Need.POPULATION})
 

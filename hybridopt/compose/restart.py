@@ -14,6 +14,7 @@ from hybridopt.compose._sequence import Sequence
 from hybridopt.compose.stage import Stage, gather
 from hybridopt.errors import MethodError
 from hybridopt.optimizer import FloatArray, HandOver, Method
+from hybridopt.options import Index, Positive, check_options
 from hybridopt.start import Start
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
@@ -52,25 +53,15 @@ class Restart(Sequence):
 
     method: Method
     begin_at: Literal["perturb", "uniform", "best", "start"] = "perturb"
-    sigma: float | None = None
+    sigma: Positive | None = None
     grow: str | None = None
-    factor: float = 2.0
-    restarts: int | None = None
+    factor: Positive = 2.0
+    restarts: Index | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise MethodError(f"restart: expected a method, got {self.method!r}")
-        if self.begin_at not in ("perturb", "uniform", "best", "start"):
-            raise MethodError(
-                f"restart: expected begin_at to be perturb, uniform, best or start, got {self.begin_at!r}"
-            )
-        if self.sigma is not None and not 0 < self.sigma < np.inf:
-            raise MethodError(f"restart: expected a positive finite sigma, got {self.sigma!r}")
-        whole = isinstance(self.restarts, int) and not isinstance(self.restarts, bool)
-        if self.restarts is not None and not (whole and self.restarts >= 0):
-            raise MethodError(f"restart: expected restarts >= 0 or None, got {self.restarts!r}")
-        if not 0 < self.factor < np.inf:
-            raise MethodError(f"restart: expected a positive finite factor, got {self.factor!r}")
+        check_options(self)
         for index in (1, GROWTHS):  # an option that cannot grow, or not so far, is refused here
             self.stage(index)
         gather(self, (self.method,))
@@ -96,6 +87,11 @@ class Restart(Sequence):
 
     def _grown(self, method: Method, option: str, index: int) -> Method:
         """The method with its option multiplied `index` times."""
+        if method.parts:
+            raise MethodError(
+                f"restart: expected a single method, one option of which can grow={option}, got {method}; restart the "
+                f"method that shall grow, e.g. restart({method.parts[0]}, grow={option})"
+            )
         value = (
             getattr(method, option, None)
             if dataclasses.is_dataclass(method)

@@ -17,6 +17,7 @@ from hybridopt.optimizer import (
     Need,
     Optimizer,
 )
+from hybridopt.options import Count, check_options
 from hybridopt.selection import spread_patterns
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
@@ -72,7 +73,7 @@ class Split(Method):
 
     weights: Any
     order: Literal["simultaneous", "alternating"] = "simultaneous"
-    turn: int = 1
+    turn: Count = 1
 
     def __post_init__(self) -> None:
         pairs = tuple(self.weights.items()) if isinstance(self.weights, Mapping) else self.weights
@@ -85,10 +86,7 @@ class Split(Method):
                 raise MethodError(
                     f"split: expected a pattern and a method, got {pattern!r}: {made!r}; see hybridopt.method"
                 )
-        if self.order not in ("simultaneous", "alternating"):
-            raise MethodError(f"split: expected order to be simultaneous or alternating, got {self.order!r}")
-        if not isinstance(self.turn, int) or isinstance(self.turn, bool) or self.turn < 1:
-            raise MethodError(f"split: expected turn to be a whole number >= 1, got {self.turn!r}")
+        check_options(self)
         if self.turn > 1 and self.order == "simultaneous":
             raise MethodError(f"split: turn={self.turn} expects order=alternating")
         object.__setattr__(self, "weights", tuple((pattern, _bare(made)) for pattern, made in pairs))

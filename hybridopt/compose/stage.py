@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Budget, Share
 from hybridopt.optimizer import HandOver, Method, Need, Optimizer
+from hybridopt.options import Count, check_options
 from hybridopt.registry import nearest
 from hybridopt.text import print_call
 from hybridopt.until import AnyOf, Limit, Switch
@@ -36,7 +37,7 @@ class Stage(Method):
 
     method: Method
     budget: Budget | None = None
-    steps: int | None = None
+    steps: Count | None = None
     shares: tuple[tuple[str, Share], ...] = ()
     rule: Switch | None = None
     handover: Literal["all", "point"] = "all"
@@ -48,12 +49,8 @@ class Stage(Method):
             )
         if self.rule is not None and not isinstance(self.rule, Switch):
             raise MethodError(f"stage: expected a rule of hybridopt.until, got {self.rule!r}")
-        if self.handover not in ("all", "point"):
-            raise MethodError(f"stage: expected handover to be all or point, got {self.handover!r}")
         self._absorb_limits()
-        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        if self.steps is not None and not (whole and self.steps >= 1):
-            raise MethodError(f"stage: expected steps >= 1, got {self.steps!r}")
+        check_options(self)
         gather(self, (self.method,))
 
     def _absorb_limits(self) -> None:

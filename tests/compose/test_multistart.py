@@ -510,17 +510,22 @@ def test_text_copies_and_needs() -> None:
     [
         (lambda: MultiStart("adam"), "multistart: expected a method, got 'adam'"),  # type: ignore[arg-type]
         (lambda: MultiStart(method("adam"), starts=0), "multistart: expected starts >= 1, got 0"),
-        (lambda: MultiStart(method("adam"), starts=2.5), "multistart: expected starts >= 1"),  # type: ignore[arg-type]
+        (lambda: MultiStart(method("adam"), starts=2.5), "multistart: expected starts to be a whole number"),  # type: ignore[arg-type]
         (
-            lambda: MultiStart(method("adam"), begin_at="grid"),
-            "expected begin_at to be sobol, uniform or normal",
+            lambda: MultiStart(method("adam"), starts="many"),
+            "multistart: expected starts to be a whole number",
         ),  # type: ignore[arg-type]
         (
-            lambda: MultiStart(method("adam"), sigma=-1),
-            "multistart: expected a positive finite sigma, got -1",
+            lambda: MultiStart(method("adam"), begin_at="grid"),  # type: ignore[arg-type]
+            "expected begin_at to be one of sobol, uniform, normal",
         ),
-        (lambda: MultiStart(method("adam"), keep=2), "multistart: expected keep to be above 0"),
-        (lambda: MultiStart(method("adam"), rung=-1), "multistart: expected rung to be"),
+        (lambda: MultiStart(method("adam"), sigma=-1), "multistart: expected sigma > 0, got -1"),
+        (lambda: MultiStart(method("adam"), sigma="a"), "multistart: expected sigma to be a number or None"),  # type: ignore[arg-type]
+        (
+            lambda: MultiStart(method("adam"), keep=2),
+            "multistart: expected keep above 0 and at most 1, got 2",
+        ),
+        (lambda: MultiStart(method("adam"), rung=-1), "multistart: expected rung > 0, got -1"),
         (lambda: method("multistart(adam, sgd)"), "multistart: expected one method inside, got 2"),
         (lambda: method("multistart(adam, start=3)"), "multistart: unknown option 'start'; nearest: starts"),
     ],

@@ -440,7 +440,7 @@ def test_text() -> None:
         ('split("a": adam, "a": sgd)', "the pattern 'a' is given twice", 18),
         ('split("a": adm)', "unknown name 'adm'", 12),
         ('split("a": adam, ordr=alternating)', "unknown option 'ordr'; nearest: order", 1),
-        ('split("a": adam, order=both)', "expected order to be simultaneous or alternating", 1),
+        ('split("a": adam, order=both)', "expected order to be one of simultaneous, alternating", 1),
         ('split("a": adam, turn=2)', "expects order=alternating", 1),
         ('split("a": adam', "expected ',' or ')'", 16),
     ],
