@@ -121,10 +121,7 @@ class Accounts:
         """
         where = f"evaluation {self.ledger.evaluations}"
         if start:
-            raise NonFiniteLoss(
-                f"loss: expected a finite loss and gradient at the start point, got {value}; a method that needs "
-                "gradients cannot begin here: change the initial weights, or put a gradient-free method before it"
-            )
+            raise NonFiniteLoss.at_start(value)
         if self.nonfinite == "raise":
             raise NonFiniteLoss(f'{what}: got {value} at {where} (nonfinite="raise")')
         if not self.warned:

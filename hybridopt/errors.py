@@ -51,6 +51,14 @@ class MissingGradient(HybridoptError, RuntimeError):
 class NonFiniteLoss(HybridoptError, ArithmeticError):
     """A loss or gradient is nan or inf where the run cannot go on, or where `nonfinite="raise"` was asked."""
 
+    @classmethod
+    def at_start(cls, value: float) -> NonFiniteLoss:
+        """Of a method that follows gradients, at its first point."""
+        return cls(
+            f"loss: expected a finite loss and gradient at the start point, got {value}; a method that needs "
+            "gradients cannot begin here: change the initial weights, or put a gradient-free method before it"
+        )
+
 
 class MemoryLimit(HybridoptError, MemoryError):
     """A method would need more memory than the machine has; raised before it starts."""

@@ -98,7 +98,8 @@ class Generations:
         if rows and not finite.any():
             for ledger in ledgers:
                 ledger.nonfinite_in_a_row += 1
-            if slopes and self._accounts.ledger.evaluations == rows:
+            alone = not any(ledger.rivals for ledger in ledgers)
+            if slopes and alone and self._accounts.ledger.evaluations == rows:
                 self._accounts.reject(math.nan, start=True)
         gradients = None if begun.gradients is None else np.array(begun.gradients).reshape(request.x.shape)
         lowest = float(losses.min()) if rows else math.inf

@@ -178,10 +178,7 @@ class Jacobian:
         first = self._x is None
         self._value = self._of.value(x, keep_graph=self.mode == "autograd")
         if first and self._finite_start and not np.isfinite(self._value).all() and self.mode != "none":
-            raise NonFiniteLoss(
-                "loss: expected a finite loss at the start point of a method that follows gradients; change the "
-                "initial weights, or put a gradient-free method before it"
-            )
+            raise NonFiniteLoss.at_start(math.inf)
         self._x, self._slope, self._ahead = np.array(x), None, False
         return self._value.copy()
 

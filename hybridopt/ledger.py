@@ -218,13 +218,14 @@ class Ledger:
         best_point: that point (whatever the objective's `copy_point` returns), None before one was seen.
         last_loss: the last loss that was no probe, nan before one.
         shares: limits given as parts of an enclosing budget, by quantity; empty once they are numbers.
+        rivals: whether others go on if its method cannot begin: a start that is not finite is no error of the run then.
     """
 
     __slots__ = (
         "_clock", "_started", "backward", "backward_cost", "best_evaluation", "best_loss", "best_point",
         "best_violation", "budget", "evaluations", "forward", "label", "last_loss", "max_equivalents",
-        "max_evaluations", "nonfinite", "nonfinite_in_a_row", "recomputed", "resolved", "seconds_before", "shares",
-        "target", "time_limit", "worst_loss",
+        "max_evaluations", "nonfinite", "nonfinite_in_a_row", "recomputed", "resolved", "rivals", "seconds_before",
+        "shares", "target", "time_limit", "worst_loss",
     )  # fmt: skip
 
     def __init__(
@@ -250,6 +251,7 @@ class Ledger:
         self.last_loss = math.nan
         self.shares = dict(shares or {})
         self.resolved: dict[str, float] = {}
+        self.rivals = False
         self.budget = Budget()
         self.limit(budget or Budget())
 

@@ -74,7 +74,8 @@ class Points:
                     ledger.nonfinite_in_a_row = before + 1
             what = "gradient" if math.isfinite(value) else "loss"
             shown = math.nan if math.isfinite(value) else value
-            self._accounts.reject(shown, first and (want_gradient or request.keep_graph), what)
+            alone = first and not any(ledger.rivals for ledger in ledgers)
+            self._accounts.reject(shown, alone and (want_gradient or request.keep_graph), what)
             if gradient is not None:
                 gradient = np.zeros_like(gradient)
         array = None

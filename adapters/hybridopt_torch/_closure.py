@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.carrier import Carrier, Done, Question, carry
-from hybridopt.errors import ClosedError, MissingGradient, ReplayMismatch, StateError
+from hybridopt.errors import ClosedError, MissingGradient, NonFiniteLoss, ReplayMismatch, StateError
 from hybridopt.ledger import Reason
 from hybridopt.machine import differences, fingerprint
 from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
@@ -109,6 +109,8 @@ class ClosureRun:
                 )
             self._loss = answer.loss if not self._told else min(self._loss, answer.loss)
             loss = answer.loss
+        elif math.isinf(self._loss):
+            raise NonFiniteLoss.at_start(answer.loss)
         else:
             grads = [torch.zeros_like(t) for t in self.vector.tensors]
             loss = self._worse()

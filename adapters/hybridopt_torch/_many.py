@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hybridopt.errors import ClosedError, StateError
+from hybridopt.errors import ClosedError, NonFiniteLoss, StateError
 from hybridopt.optim._base import FusedStep
 from hybridopt.optimizer import Answer, HandOver, Incumbent, Kind, Need, Request, StageReport, Step
 from hybridopt.vector import FloatArray, ParameterVector
@@ -127,6 +127,8 @@ class ManyRun:
         assert answer.gradient is not None
         losses = answer.losses
         finite = np.isfinite(losses)
+        if not finite.any() and np.isinf(self.losses).all():
+            raise NonFiniteLoss.at_start(math.inf)
         self._last = np.where(finite, losses, self._last)
         better = losses < self.losses
         self.losses = np.where(better, losses, self.losses)

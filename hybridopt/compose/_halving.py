@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hybridopt.compose._sequence import load_scope, save_scope
 from hybridopt.compose.stage import Stage
-from hybridopt.errors import ClosedError, MethodError, NonFiniteLoss, StateError
+from hybridopt.errors import ClosedError, NonFiniteLoss, StateError
 from hybridopt.ledger import Ledger, Reason
 from hybridopt.optimizer import (
     Answer,
@@ -42,18 +42,6 @@ class Halving:
         """From the options `rung` and `keep` of a method over n weights; rung None = 10 (n + 10)."""
         return cls(10.0 * (n + 10) if method.rung is None else method.rung, method.keep)
 
-    @staticmethod
-    def check(method: Any) -> None:
-        """Refuse options that make no schedule."""
-        if method.rung is not None and not (_is_number(method.rung) and 0 < method.rung < math.inf):
-            raise MethodError(
-                f"{method.name}: expected rung to be forward-equivalents > 0 or None, got {method.rung!r}"
-            )
-        if not (_is_number(method.keep) and 0 < method.keep <= 1):
-            raise MethodError(
-                f"{method.name}: expected keep to be above 0 and at most 1, got {method.keep!r}"
-            )
-
     def size(self, rung: int) -> float:
         """Forward-equivalents of each competitor in this rung, from 0."""
         return self.rung / self.keep**rung
@@ -64,10 +52,6 @@ class Halving:
         if self.keep < 1:
             count = max(1, min(count - 1, math.ceil(self.keep * count - 1e-9)))
         return sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:count])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Entry(NamedTuple):
@@ -81,11 +65,12 @@ class Entry(NamedTuple):
 class _Member:
     """A competitor: its optimizer, and a ledger around all that it does."""
 
-    def __init__(self, entry: Entry, vector: ParameterVector) -> None:
+    def __init__(self, entry: Entry, vector: ParameterVector, rivals: bool) -> None:
         stage = entry.method if isinstance(entry.method, Stage) else Stage(entry.method)
         self.method = stage
         self.received = "" if entry.warm is None else str(entry.warm)
         self.ledger = Ledger(label=str(stage))
+        self.ledger.rivals = rivals
         self.run: Optimizer = stage.start(vector, entry.seed, entry.warm)
         self.moved = False  # whether it has made a step in this rung
         self.reason: Reason | None = None
@@ -130,9 +115,12 @@ class Turns:
         self.name = str(method)
         self._halving = halving
         stands = vector.snapshot()
+        self._vector = vector
+        self._follows_gradients = Need.GRADIENT in method.needs | method.uses
         self._members: list[_Member] = []
+        entries = list(entries)
         for entry in entries:
-            self._members.append(_Member(entry, vector))
+            self._members.append(_Member(entry, vector, len(entries) > 1))
             vector.claim(None)  # an in-place method keeps what it wrote, the next one finds what stood there
             vector.restore(stands)
         self._alive = list(range(len(self._members)))
@@ -169,9 +157,20 @@ class Turns:
         if not self._waiting(member):
             self._pass_on()
         if self._ended:
+            self._require_finite()
             leader = self._leader
             return step._replace(reason=leader.reason, message=leader.message)
         return step._replace(reason=None, message="")
+
+    def _require_finite(self) -> None:
+        """Raise `NonFiniteLoss` if none saw a finite loss, as a single method that follows gradients would."""
+        if self._follows_gradients and all(math.isinf(member.ledger.best_loss) for member in self._members):
+            said = "; ".join(
+                f"{m.method}: {m.message or (m.reason.value if m.reason else '')}" for m in self._members
+            )
+            raise NonFiniteLoss(
+                f"{self.name}: expected a finite loss for one of its methods at least; {said}"
+            )
 
     def _waiting(self, member: _Member) -> bool:
         """Whether a competitor has something left to spend in this rung; the last one is never limited."""
@@ -283,7 +282,9 @@ class Turns:
             member.moved, member.message = saved["moved"], saved["message"]
             member.reason = None if saved["reason"] is None else Reason(saved["reason"])
             member.notes, member.received = list(saved["notes"]), saved["received"]
-            if saved["run"] is None:
-                member.run.close()
-            else:
+            member.run.close()
+            if saved["run"] is not None:
+                member.run = member.method.start(
+                    self._vector, 0
+                )  # one that was dropped since cannot be asked again
                 member.run.load_state_dict(saved["run"], exact=exact)

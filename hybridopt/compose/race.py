@@ -11,6 +11,7 @@ from hybridopt.compose._halving import Entry, Halving, Turns
 from hybridopt.compose.stage import gather
 from hybridopt.errors import MethodError
 from hybridopt.optimizer import HandOver, Method, Optimizer
+from hybridopt.options import Part, Positive, check_options
 from hybridopt.randomness import derive_seed
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
@@ -39,7 +40,8 @@ class Race(Method):
 
     Successive halving: Karnin, Koren & Somekh 2013; Jamieson & Talwalkar 2016. With a loss that draws random numbers
     the lowest loss is a lucky draw, and so may be the winner of an early rung. Where the loss at the given start is not
-    finite put a method that needs no gradients first: one that follows them raises `NonFiniteLoss`.
+    finite the methods that follow gradients are dropped; `NonFiniteLoss` is raised if no method is left that sees a
+    finite one.
 
     Example:
         >>> import numpy as np, hybridopt
@@ -56,8 +58,8 @@ class Race(Method):
     name: ClassVar[str] = "race"
 
     methods: tuple[Method, ...]
-    rung: float | None = None
-    keep: float = 0.5
+    rung: Positive | None = None
+    keep: Part = 0.5
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, Method) or not all(isinstance(m, Method) for m in self.methods):
@@ -65,7 +67,7 @@ class Race(Method):
         object.__setattr__(self, "methods", tuple(self.methods))
         if not self.methods:
             raise MethodError("race: expected at least one method")
-        Halving.check(self)
+        check_options(self)
         gather(self, self.methods)
         object.__setattr__(self, "takes", frozenset[str]().union(*(m.takes for m in self.methods)))
 

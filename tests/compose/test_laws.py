@@ -130,6 +130,24 @@ def test_resume(made: Method, cut: int) -> None:
     assert path(made, cut=cut) == path(made)
 
 
+@law
+@given(COMPOSITIONS, st.integers(0, 12))
+def test_an_earlier_state_loads_into_the_same_run(made: Method, cut: int) -> None:
+    """Also into one that has ended meanwhile, and of which members were dropped."""
+    run, loss = start(made, 60, bounds=BOX)
+    for _ in range(cut):
+        run.step()
+    state, told = run.state_dict(), len(loss.path)
+    with run:
+        while run.step() is not None:
+            pass
+        whole = loss.path[:]
+        run.load_state_dict(state)
+        while run.step() is not None:
+            pass
+    assert loss.path[len(whole) :] == whole[told:]
+
+
 @pytest.mark.slow
 @settings(law, max_examples=150)
 @given(COMPOSITIONS, st.integers(0, 25))

@@ -16,7 +16,7 @@ from torch import Tensor
 import hybridopt
 from hybridopt import Method, Race, Reason, Run, method
 from hybridopt.compose._halving import Halving
-from hybridopt.errors import ClosedError, MethodError, StateError
+from hybridopt.errors import ClosedError, MethodError, NonFiniteLoss, StateError
 from hybridopt.optimizer import HandOver, Need
 from hybridopt.randomness import derive_seed
 from hybridopt.testing import OptimizerContract
@@ -209,6 +209,50 @@ def test_a_member_without_finite_losses_is_no_end_of_the_race() -> None:
     assert second.spent["evaluations"] == 400 - 37
 
 
+FOLLOWERS = [
+    "slsqp",
+    "torch.adam",
+    "torch.lbfgs",
+    "multistart(torch.adam, starts=1)",
+    "multistart(slsqp, starts=1)",
+]
+
+
+@pytest.mark.parametrize("first", FOLLOWERS)
+def test_a_start_that_is_not_finite_drops_who_cannot_begin_there(first: str) -> None:
+    """Wherever it stands in the list; alone it is an error."""
+
+    def loss(x: Tensor) -> Tensor:
+        return rosenbrock(x) * (math.nan if x.tolist() == [-1.2, 1.0, 0.3] else 1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for text in (f"race({first}, cmaes, rung=20)", f"race(cmaes, {first}, rung=20)"):
+            result, _ = race(text, 200, loss=Recorded(loss))
+            dropped = result.stages[text.startswith("race(cmaes")]
+            assert (dropped.reason, dropped.spent["evaluations"]) == (Reason.NON_FINITE, 1)
+            assert "expected a finite loss and gradient at the start point" in dropped.message
+            assert result.evaluations == 200
+        with pytest.raises(NonFiniteLoss, match="at the start point"):
+            race(f"race({first})", 200, loss=Recorded(loss))
+        with pytest.raises(NonFiniteLoss, match=r"one of its methods at least; .*cannot begin here"):
+            race(f"race({first}, slsqp)", 200, loss=Recorded(loss))
+
+
+def test_many_starts_in_one_program_that_cannot_begin_leave_the_race() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result, _ = race(
+            "race(multistart(torch.adam, starts=2, sigma=1e-9, begin_at=normal), cmaes, rung=90)",
+            200,
+            loss=Recorded(
+                lambda x: rosenbrock(x) * (math.nan if x[0].item() < -1.1999 and x[1] > 0.9999 else 1.0)
+            ),
+        )
+    assert (result.stages[0].reason, result.stages[0].spent["evaluations"]) == (Reason.NON_FINITE, 2)
+    assert result.evaluations == 200
+
+
 def test_a_chain_without_finite_losses_is_no_end_of_the_race_either() -> None:
     """19 steps of its first stage and 11 generations of 7 of its second, which alone would have had more patience."""
     calls = []
@@ -305,9 +349,9 @@ def test_text_copies_and_needs() -> None:
         (lambda: Race(()), "race: expected at least one method"),
         (lambda: Race(method("adam")), r"race: expected several methods, race\(\(a, b, c\)\), got"),  # type: ignore[arg-type]
         (lambda: Race(("adam",)), "race: expected several methods"),  # type: ignore[arg-type]
-        (lambda: Race((method("adam"),), rung=0), "race: expected rung to be forward-equivalents > 0"),
-        (lambda: Race((method("adam"),), rung=True), "race: expected rung"),
-        (lambda: Race((method("adam"),), keep=0), "race: expected keep to be above 0 and at most 1, got 0"),
+        (lambda: Race((method("adam"),), rung=0), "race: expected rung > 0, got 0"),
+        (lambda: Race((method("adam"),), rung=True), "race: expected rung to be a number or None, got True"),
+        (lambda: Race((method("adam"),), keep=0), "race: expected keep above 0 and at most 1, got 0"),
         (lambda: Race((method("adam"),), keep=1.5), "race: expected keep"),
         (lambda: method("race(adam, rungs=3)"), "race: unknown option 'rungs'; nearest: rung"),
         (lambda: method("race()"), "race: expected at least one method, at character 1"),
