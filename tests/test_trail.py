@@ -183,10 +183,24 @@ def test_a_distance_becomes_a_learning_rate() -> None:
         run.close()
         return found
 
-    assert rate("adam", warm) == 0.05
-    assert rate("torch.adam", warm) == 0.05
-    assert rate("adam(lr=0.3)", warm) == 0.3
+    assert rate("adam", warm) == rate("torch.adam", warm) == rate("lion", warm) == 0.15
+    assert rate("adam(lr=0.03)", warm) == 0.03
     assert rate("adam", None) == rate("adam", HandOver(np.zeros(2), 1.0)) == 1e-3
+    assert (
+        rate("torch.lbfgs", warm) == 1
+    )  # no length, as with sgd, whose steps are as long as the gradient is
+    assert rate("torch.sgd", warm) == rate("torch.sgd", None)
+    assert method("adam").takes == {"sigma"}
+    assert not method("adam(lr=0.03)").takes
+    assert not method("torch.sgd").takes
+
+
+def test_second_moments_become_the_roots_of_adams_own_scales() -> None:
+    """Of a linear loss the root mean square of a gradient is its size."""
+    slopes = torch.tensor([1.0, 16.0, 81.0, 256.0], dtype=torch.float64)
+    found = handed("torch.adam(lr=0.001)", loss=lambda x: (slopes * x).sum(), bounds=None).covariance
+    expected = slopes.numpy() ** -0.5
+    assert found == pytest.approx(expected / np.exp(np.log(expected).mean()), rel=1e-6)
 
 
 def test_a_hand_over_as_text() -> None:

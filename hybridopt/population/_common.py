@@ -75,21 +75,22 @@ def handed(covariance: FloatArray) -> HandOver:
 
 
 def handed_points(x: FloatArray, losses: FloatArray) -> HandOver:
-    """Points whose losses are finite, shape (k, n), as a successor may take them over: the best first."""
+    """Points whose losses are finite, shape (k, n), as a successor may take them over, the best first; their spread."""
     order = np.argsort(losses, kind="stable")[: int(np.isfinite(losses).sum())]
-    return HandOver(points=x[order], losses=losses[order]) if len(order) else HandOver()
+    if not len(order):
+        return HandOver()
+    points = x[order]
+    return HandOver(sigma=handed(points.var(axis=0)).sigma, points=points, losses=losses[order])
 
 
 def first_points(start: Start, popsize: int, rng: np.random.Generator) -> FloatArray:
     """A first population, shape (popsize, n): the start, then points drawn uniformly from the box.
 
-    Where a predecessor handed a spread over they are normal about the start, mirrored at the bounds. Good points that
-    it handed over take a tenth of the places: more of them, close together, would end the search where it begins.
+    Good points that a predecessor handed over take a tenth of the places: more of them, close together, would end the
+    search where it begins. (So would all points about the start, as far as the predecessor says: PSO to DE on
+    Rastrigin-10 then finds the minimum in 0 of 10 runs instead of 9.)
     """
-    if start.sigma is None:
-        x = start.lower + rng.random((popsize, start.n)) * (start.upper - start.lower)
-    else:
-        x = mirror(start, start.x0 + spread(start, None) * rng.standard_normal((popsize, start.n)))
+    x = start.lower + rng.random((popsize, start.n)) * (start.upper - start.lower)
     x[0] = start.x0
     if start.points is not None:
         known = start.points[(start.points != start.x0).any(1)][: max(1, popsize // 10)]

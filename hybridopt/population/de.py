@@ -58,7 +58,7 @@ class DifferentialEvolution(PopulationMethod):
 
     name: ClassVar[str] = "de"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
-    takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance", "points"})
+    takes: ClassVar[frozenset[str]] = frozenset({"points"})
 
     popsize: int | None = None
     reduce_over: int | None = None

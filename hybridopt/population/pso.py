@@ -55,7 +55,7 @@ class PSO(PopulationMethod):
 
     name: ClassVar[str] = "pso"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
-    takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance", "points"})
+    takes: ClassVar[frozenset[str]] = frozenset({"points"})
 
     swarmsize: int = 40
     omega: float = 0.7298  # chi = 2 / |2 - phi - sqrt(phi² - 4 phi)|, phi = 4.1

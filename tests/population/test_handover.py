@@ -110,6 +110,8 @@ def test_swarms_hand_over_and_take_points(method: Any) -> None:
     np.testing.assert_array_equal(bowl(warm.points), warm.losses)
     assert len(warm.points) == 12
     assert warm.losses[0] == run.incumbent.loss
+    assert warm.sigma == pytest.approx(np.exp(np.log(warm.points.std(axis=0)).mean()))
+    assert warm.covariance is None
     warm = warm._replace(x=run.incumbent.x, loss=run.incumbent.loss)
     first = at_work(method, warm, generations=0, box=(-1, 1), seed=2).ask().x
     np.testing.assert_array_equal(first[0], warm.x)

@@ -114,17 +114,14 @@ def test_only_the_order_of_losses_counts() -> None:
 
 
 def test_the_first_swarm() -> None:
-    """The start and points all over the box; about the start where a predecessor said how far the optimum may be."""
+    """The start and points all over the box, wherever a predecessor says that the optimum may be."""
     swarm, rng = begin(PSO(200), [1.5, -1.5], BOX)
     x = swarm.ask(rng)
     assert x[0].tolist() == [1.5, -1.5]
     assert x.min() < -1.9
     assert x.max() > 1.9
-    swarm, rng = begin(PSO(200), [1.95, -1.5], BOX, sigma=0.15)
-    x = swarm.ask(rng)
-    assert x[0].tolist() == [1.95, -1.5]
-    assert x[:, 0].max() < 2, "mirrored at the wall, not piled up on it"
-    np.testing.assert_allclose(x[:, 1].std(), 0.15, rtol=0.2)
+    swarm, rng = begin(PSO(200), [1.5, -1.5], BOX, sigma=0.15)
+    np.testing.assert_array_equal(swarm.ask(rng), x)
 
 
 def test_rejected_points_pull_nobody() -> None:
