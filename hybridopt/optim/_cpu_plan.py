@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,7 @@ class CpuPlan(Plan):
         self.block_address = self.block.buffer_info()[0]
         # a weight that is listed twice is stepped twice, one after the other
         alone = len(set(map(id, self.params))) == self.size
-        self.pieces: tuple[array[int], int] | None = None
+        self.pieces: dict[int, tuple[array[int], list[int]]] = {}
         self.parallel = alone and sum(self.numels) >= PARALLEL_FROM
         self.module: Any = None
         if self.size:
@@ -47,15 +47,21 @@ class CpuPlan(Plan):
             except cpu.Untranslatable as error:
                 raise Ineligible(str(error)) from error
 
-    def _cut(self) -> tuple[array[int], int]:
-        """Pieces of (tensor, start, count) for several threads; a tensor without elements needs none."""
-        if self.pieces is None:
-            pieces = array("q")
+    def _cut(self, threads: int) -> tuple[array[int], list[int]]:
+        """Pieces of (tensor, start, count), sorted by thread, and the numbers of each thread's first piece, and the end.
+
+        A piece goes to the thread that has the fewest elements so far: all work in the same part of the memory.
+        """
+        if threads not in self.pieces:
+            shares, sizes = [array("q") for _ in range(threads)], [0] * threads
             for t, numel in enumerate(self.numels):
                 for start in range(0, numel, CHUNK):
-                    pieces.extend((t, start, min(CHUNK, numel - start)))
-            self.pieces = pieces, len(pieces) // 3
-        return self.pieces
+                    count, least = min(CHUNK, numel - start), sizes.index(min(sizes))
+                    shares[least].extend((t, start, count))
+                    sizes[least] += count
+            ends = accumulate((len(share) // 3 for share in shares), initial=0)
+            self.pieces[threads] = sum(shares, array("q")), list(ends)
+        return self.pieces[threads]
 
     def _moved(self) -> None:
         """The loop reads `gradients` itself; where all is flat, each weight reaches to the next one."""
@@ -80,14 +86,13 @@ class CpuPlan(Plan):
         if threads == 1:
             self.module.run(self.block_address)
         else:
-            self._run_parallel(*self._cut(), threads)
+            self._run_parallel(*self._cut(threads), threads)
         _increment_version(self.params)
 
-    def _run_parallel(self, chunks: array[int], count: int, threads: int) -> None:
+    def _run_parallel(self, chunks: array[int], ends: list[int], threads: int) -> None:
         shared = list(self.block[:5])
         begin = array("q", [*shared, 1, 0, 0, 0])
         self.module.run(begin.buffer_info()[0])
-        ends = [count * i // threads for i in range(threads + 1)]
         blocks = [array("q", [*shared, 2, chunks.buffer_info()[0], *ends]) for ends in pairwise(ends)]
         pool: Any = cpu.pool(threads - 1)
         others = [pool.submit(self.module.run, block.buffer_info()[0]) for block in blocks[1:]]
@@ -100,7 +105,7 @@ class CpuPlan(Plan):
         """See `Plan.square_sum`. Pieces of fixed size, summed in order: the same bits for any number of threads."""
         if not self.size:
             return 0.0
-        pieces, count = self._cut()
+        pieces, (_, count) = self._cut(1)
         out = array("d", [0.0] * max(1, count))
         addresses = (self.gradients, pieces, out)
         block = array("q", [count, *(a.buffer_info()[0] for a in addresses)])
