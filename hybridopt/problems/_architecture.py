@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hybridopt.problems._digits import _data
@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def train_digits(config: Mapping[str, Any], seed: int = 0, steps: int = 100) -> float:
+def train_digits(config: Mapping[str, Any], trial: Any = None, seed: int = 0, steps: int = 100) -> float:
     """Train a network on 1200 digits by SGD and return its mean cross entropy on the other 597, in nats.
 
     To be tuned: a function from a configuration to a loss. A hundred steps on all images at once take a tenth of a
@@ -40,6 +40,7 @@ def train_digits(config: Mapping[str, Any], seed: int = 0, steps: int = 100) -> 
         config: any of `depth` (hidden layers: 0, 1 or 2), `width` (of the first), `second_width` (only matters at
             depth 2), `activation` (relu, tanh, gelu, sigmoid), `lr`, `momentum`, `weight_decay`; what is missing
             is 1, 32, 32, relu, 0.1, 0.9 and 0.
+        trial: what `tune` hands over: it is told the loss after every tenth step, and may end the training early.
         seed: of the split and the initial weights.
         steps: of SGD.
 
@@ -76,9 +77,15 @@ def train_digits(config: Mapping[str, Any], seed: int = 0, steps: int = 100) -> 
         optimizer = torch.optim.SGD(model.parameters(), **rules)
         train, test = order[:1200], order[1200:]
         inputs = images.flatten(1)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             optimizer.zero_grad()
             cross_entropy(model(inputs[train]), labels[train]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        with torch.no_grad():
-            return cross_entropy(model(inputs[test]), labels[test]).item()
+            if trial is not None and step % 10 == 0:
+                trial.report(step, _loss(model, inputs[test], labels[test]))
+        return _loss(model, inputs[test], labels[test])
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    return cross_entropy(model(inputs), labels).item()

@@ -9,7 +9,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from hybridopt import tune
 from hybridopt.problems import ProblemError, train_digits
+from hybridopt.space import Float, Space
 
 
 def test_training_against_the_same_written_out() -> None:
@@ -79,3 +81,27 @@ def test_diverging_is_no_error() -> None:
 def test_wrong_configurations(config: dict[str, object], what: str) -> None:
     with pytest.raises(ProblemError, match=what):
         train_digits(config)
+
+
+def test_a_trial_is_told_on_the_way() -> None:
+    """After every tenth step what a training of so many steps returns; early stopping then saves steps."""
+
+    class Told:
+        def __init__(self) -> None:
+            self.reports: dict[int, float] = {}
+
+        def report(self, step: int, loss: float) -> None:
+            self.reports[step] = loss
+
+    trial = Told()
+    last = train_digits({}, trial, steps=30)
+    assert list(trial.reports) == [10, 20, 30]
+    assert trial.reports[30] == last == train_digits({}, steps=30)
+    assert trial.reports[10] == train_digits({}, steps=10)
+
+    space = Space({"lr": Float(1e-4, 1, log=True)})
+    tuning = tune(train_digits, space, "cmaes", 16, seed=0, early="median")
+    pruned = [record for record in tuning.trials if record.state == "pruned"]
+    assert pruned
+    assert all(max(record.reports) < 100 for record in pruned)
+    assert tuning.best.state == "complete"
