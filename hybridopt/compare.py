@@ -223,6 +223,7 @@ def _objective(problem: Problem, method: Method, seed: int) -> Objective:
         problem.target,
         surrogate=problem.surrogate,
         select=problem.select,
+        integer=problem.integer,
         batch=problem.batch,
         bounds=problem.bounds if Need.BOUNDS in method.needs else None,
         seed=seed,

@@ -26,6 +26,7 @@ class Problem:
             box, and a method that needs one is refused.
         surrogate: a differentiable stand-in, used for gradients only.
         select: which of a model's weights are optimized; None = all that require gradients.
+        integer: which of the weights stand for whole numbers, as `hybridopt.minimize` takes it; None = none.
         batch: how populations are evaluated, see `hybridopt.Objective`; `"loop"` for a loss that counts its calls.
         best_known: the lowest loss that anybody has reported, or None.
         minima: other losses at which good methods end rightly: local minima that the literature lists.
@@ -48,6 +49,7 @@ class Problem:
     bounds: Any = None
     surrogate: Callable[..., Any] | None = None
     select: Any = None
+    integer: Any = None
     batch: Choice = "auto"
     best_known: float | None = None
     minima: tuple[float, ...] = ()

@@ -77,10 +77,10 @@ def quantisation(seed: int = 42, *, bits: int = 3) -> Problem:
 def pruning(seed: int = 42) -> Problem:
     """Which of the 32 hidden units of a trained digits network stay: a mask of zeros and ones.
 
-    `x`, shape (32,), is rounded to 0 or 1 for each unit. The loss is the mean cross entropy of the training images plus
-    what the units cost that stay, 1/64 nat each: a network without hidden units scores about 2.3 by its biases alone,
-    the whole one 0.5. The function is constant almost everywhere, so its gradient is zero. `score` is
-    the accuracy on test images.
+    `x`, shape (32,), is 0 or 1 for each unit: whole numbers, to which the loss rounds by itself too. The loss is the
+    mean cross entropy of the training images plus what the units cost that stay, 1/64 nat each: a network without
+    hidden units scores about 2.3 by its biases alone, the whole one 0.5. The function is constant almost everywhere, so
+    its gradient is zero. `score` is the accuracy on test images.
 
     Args:
         seed: of the split, the initial weights and so the network (64-32-10, ReLU); the start is all ones.
@@ -107,6 +107,7 @@ def pruning(seed: int = 42) -> Problem:
         ),
         target=torch.ones(len(bias)),
         bounds=(0.0, 1.0),
+        integer=True,
         score=lambda x: _accuracy(kept(x.detach()), network.test),
         description="which of 32 hidden units of a digits network stay, cross entropy against their number",
     )

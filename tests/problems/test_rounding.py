@@ -8,6 +8,7 @@ import torch
 
 import hybridopt
 from hybridopt import problems
+from hybridopt.compare import _objective
 from hybridopt.problems._rounding import _trained
 
 
@@ -74,6 +75,31 @@ def test_pruning_against_numpy() -> None:
         right = (numpy_logits(few, unseen).argmax(1) == truth).mean()
         assert problem.score(torch.tensor(x, dtype=torch.float32)) == pytest.approx(right)
     assert problem.target.tolist() == [1] * 32
+
+
+def test_pruning_is_over_whole_numbers() -> None:
+    """Methods see a mask of zeros and ones, and a comparison tells them so."""
+    problem = problems.get("pruning", seed=3)
+    start = problem.loss(problem.target).item()
+    seen: list[torch.Tensor] = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.clone())
+        return problem.loss(x)
+
+    result = hybridopt.minimize(
+        loss,
+        problem.target,
+        "cmaes",
+        budget=200,
+        seed=0,
+        bounds=problem.bounds,
+        integer=problem.integer,
+        batch="loop",
+    )
+    assert all(((x == 0) | (x == 1)).all() for x in seen)
+    assert result.best_loss < start - 0.05
+    assert _objective(problem, hybridopt.method("cmaes"), 0).vector.integer.all()
 
 
 @pytest.mark.parametrize("name", ["quantisation(bits=2)", "pruning"])
