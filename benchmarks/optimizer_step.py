@@ -1,6 +1,6 @@
 """What one step of a gradient optimizer costs on the CPU: ours, and torch's best, for three model sizes.
 
-Run: python benchmarks/optimizer_step.py [--quick]
+Run: python benchmarks/optimizer_step.py [--quick] [--write]
 
 Everything is measured in turn in one process, in float32, with gradients that stay where they are ("kept") and with
 gradients that are new tensors at every step ("fresh": what `zero_grad()` and a backward pass leave). torch's best is
@@ -8,21 +8,11 @@ the fastest median of its for-loop, foreach, fused (where it has it) and `torch.
 one for the smallest model only: its compilation takes minutes for the others). Both sides keep their own
 wrappers: profiler range, hooks.
 
-The floor of our step, in microseconds on 2 cores of an AMD EPYC (2026-11), for 4 tensors and for 50 of Adam:
-
-| | 4 | 50 |
-|---|---|---|
-| looking for hooks, profiler, GradScaler, torch.compile | 0.4 | 0.4 |
-| the same objects in groups and states (identity; 10 ns an object) | 0.5 | 3.0 |
-| the same options | 0.3 | 0.3 |
-| addresses and layouts of weights and states, in one compiled call | 0.2 | 0.9 |
-| `p.grad` (40 ns a weight), negative bits, kind and address of gradients | 0.6 | 4 |
-| numba's dispatcher, reading tables, coefficients | 0.3 | 3 |
-| `torch._C._increment_version` | 0.1 | 0.4 |
-| the loop: one division and one root an element (104k) | 0.0 | 20 |
-
-Everything but the last line is paid whatever the size; SGD with its loop of 5 microseconds for 104k weights therefore
-stays below five times torch's fused step.
+"floor" is what a step of ours must do whatever the rule, each part called alone, the least of many times: to ask whether
+lists and dicts are as they were, to ask where tensors and gradients are, to raise the version counters that autograd
+looks at, and the compiled loop itself. What is left of the whole step is Python around them (looking for hooks,
+profiler, GradScaler and torch.compile; calls). The loop of 104k weights is bound by one division and one root an
+element (Adam), or by reading and writing the cache (SGD), so that it alone decides what ratio can be had there.
 """
 
 from __future__ import annotations
@@ -33,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +152,27 @@ def compare(name: str, size: str, with_compile: bool, quick: bool) -> dict[str, 
     return row
 
 
+def least(task: Callable[[], Any], per: int) -> float:
+    """Microseconds of a call, the least of 100 loops."""
+    return min(timeit.repeat(task, number=per, repeat=100)) / per * 1e6
+
+
+def floor(name: str, size: str) -> dict[str, float]:
+    """What the parts of a step take, in microseconds."""
+    per = 200 if len(SIZES[size]) == 4 else 20
+    optimizer, _ = make(getattr(hybridopt.optim, name), SIZES[size])
+    for _ in range(3):
+        optimizer.step()
+    (plan,) = optimizer._plans
+    return {
+        "step": least(optimizer.step, per),
+        "lists and dicts": least(optimizer._versions.same, per),
+        "tensors and gradients": least(plan.refresh, per),
+        "version counters": least(lambda: torch._C._increment_version(plan.params), per),
+        "loop": least(lambda: plan.module.run(plan.block_address), per),
+    }
+
+
 def seconds(code: str, repeat: int, cache: str = "") -> dict[str, float]:
     """Of `code` in fresh processes, as it prints them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYBRIDOPT_CACHE": cache}
@@ -221,6 +233,13 @@ def main() -> None:
                     f"{row['gigabytes per second']:.1f} GB/s"
                 )
                 torch._dynamo.reset()
+    torch.set_num_threads(1)
+    print("\nfloor, microseconds, one thread")
+    floors: dict[str, Any] = {}
+    for size in list(SIZES)[:2]:
+        for name in ("SGD", "Adam"):
+            floors.setdefault(size, {})[name] = parts = floor(name, size)
+            print(f"{size}, {name}: {', '.join(f'{key} {value:.2f}' for key, value in parts.items())}")
     print("\nfirst use, seconds (with a cache on disk)")
     compile_times = first_use()
     for name, row in compile_times.items():
@@ -232,9 +251,16 @@ def main() -> None:
         print(
             f"import {name:16s} {row['median']:.2f} s, {row['median'] / imports['torch']['median']:.2f} x torch"
         )
-    content = {"goals": GOALS, "steps": rows, "first use": compile_times, "import seconds": imports}
-    path = record("optimizer_step_cpu", json.loads(json.dumps(content)), "numba")
-    print(f"\nwritten: benchmarks/results/{path.name}")
+    content = {
+        "goals": GOALS,
+        "steps": rows,
+        "floor": floors,
+        "first use": compile_times,
+        "import seconds": imports,
+    }
+    if "--write" in sys.argv:
+        path = record("optimizer_step_cpu", json.loads(json.dumps(content)), "numba")
+        print(f"\nwritten: benchmarks/results/{path.name}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class CpuPlan(Plan):
                 raise Ineligible(str(error)) from error
 
     def _cut(self, threads: int) -> tuple[array[int], list[int]]:
-        """Pieces of (tensor, start, count), sorted by thread, and the numbers of each thread's first piece, and the end.
+        """Pieces of (tensor, start, count), sorted by thread, and where in them each thread begins and the last ends.
 
         A piece goes to the thread that has the fewest elements so far: all work in the same part of the memory.
         """

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import itertools
 import multiprocessing
 import pickle
 import threading
@@ -859,6 +860,25 @@ def test_same_bits_with_any_number_of_threads(name: str) -> None:
     one = _big(1, name)
     assert torch.equal(one, _big(2, name))
     assert torch.equal(one, _big(5, name))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_get_equal_shares_of_everything(threads: int) -> None:
+    """Also where large and small tensors take turns."""
+    params = [Parameter(torch.zeros(n)) for n in (200_000, 10, 200_000, 10, 0, 65_536, 65_537)]
+    optimizer = hybridopt.optim.SGD(params)
+    give(params, 0)
+    optimizer.step()
+    assert optimizer._plans is not None
+    pieces, ends = optimizer._plans[0]._cut(threads)  # type: ignore[attr-defined]
+    rows = [tuple(pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
+    assert ends[0] == 0
+    assert ends[-1] == len(rows)
+    for t, p in enumerate(params):
+        covered = sorted((start, start + count) for tensor, start, count in rows if tensor == t)
+        assert [a for a, _ in covered] + [p.numel()] == [0] + [b for _, b in covered]
+    sizes = [sum(count for *_, count in rows[a:b]) for a, b in itertools.pairwise(ends)]
+    assert max(sizes) - min(sizes) <= 1 << 16
 
 
 def test_two_threads_with_their_own_optimizers() -> None:

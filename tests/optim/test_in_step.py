@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import hybridopt.optim
+from hybridopt.engines import cpu
 from hybridopt.errors import NonFiniteLoss
 from tests.optim.test_precision import COMPILED, bits, give, make, weights
 
@@ -116,6 +117,27 @@ def test_sum_of_squares() -> None:
                 optimizer.step()
             told = sum(plan.square_sum() for plan in optimizer._plans)
             assert told == pytest.approx(base[1:].double().square().sum().item(), rel=1e-12)
+
+
+def test_sums_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own code steps then, and clips as well; `repr` says why."""
+
+    def fail(dtype: str) -> Any:
+        raise cpu.Untranslatable("numba cannot compile it (of squares)")
+
+    results = []
+    for broken in (False, True):
+        if broken:
+            monkeypatch.setattr(cpu, "squares", fail)
+        params = weights(torch.float64)
+        optimizer = make("AdamW", params, max_grad_norm=0.5)
+        for step in range(3):
+            give(params, step)
+            optimizer.step()
+        assert ("torch's own code: numba cannot compile it (of squares)" in repr(optimizer)) == broken
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
