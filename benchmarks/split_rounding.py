@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from _measure import record
-from torch import Tensor, nn
 
 import hybridopt
+from hybridopt.problems._gate import THRESHOLD, rounding_gate
 
 BUDGET = "2000fe"
 TARGET = 0.1
@@ -37,53 +37,27 @@ RUNS: dict[str, tuple[str, str | None]] = {  # method, which weights
 }
 
 
-class Gated(nn.Module):
-    """A linear function of the inputs and of a hard gate of the first."""
-
-    def __init__(self, threshold: float, jump: float) -> None:
-        super().__init__()
-        self.threshold = nn.Parameter(torch.tensor([threshold]))
-        self.features = nn.Linear(5, 1)
-        with torch.no_grad():
-            self.features.weight[:, 4] = jump
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.round(torch.sigmoid(x[:, :1] - self.threshold))
-        said: Tensor = self.features(torch.cat([x, gate], dim=1))
-        return said
-
-
-def problem(seed: int) -> tuple[Gated, Gated, Tensor]:
-    """The network at its start, what it shall learn, and inputs of shape (200, 4)."""
-    torch.manual_seed(seed)
-    return Gated(-0.8, 0.0), Gated(0.6, 3.0), 4 * torch.rand(200, 4) - 2
-
-
 def run(method: str, select: str | None, seed: int) -> dict[str, Any]:
-    model, teacher, x = problem(seed)
-    y = teacher(x).detach()
+    problem = rounding_gate(seed)
     begun = time.perf_counter()
     heard: list[tuple[float, float]] = []
 
     def watch(run: hybridopt.Run, step: object) -> None:
         heard.append((run.objective.ledger.forward_equivalents, run.objective.ledger.best_loss))
 
-    def loss(model: Gated) -> Tensor:
-        return (model(x) - y).square().mean()
-
     def wrong() -> float:
-        return (model.threshold - teacher.threshold).abs().item()
+        return abs(problem.target.threshold.item() - THRESHOLD)
 
     before = wrong()
     result = hybridopt.minimize(
-        loss,
-        model,
+        problem.loss,
+        problem.target,
         method,
         budget=BUDGET,
         seed=seed,
         select=select,
         callbacks=watch,
-        bounds={"threshold": (-2, 2)},
+        bounds=problem.bounds,
     )
     reached = next((spent for spent, loss in heard if loss <= TARGET), None)
     return {

@@ -15,6 +15,7 @@ import hybridopt
 from hybridopt import Reason, Run, Split, method
 from hybridopt.errors import ClosedError, MethodError, SelectionError, StateError
 from hybridopt.optimizer import HandOver, Kind, Need
+from hybridopt.problems._gate import THRESHOLD, rounding_gate
 from hybridopt.randomness import derive_seed
 from hybridopt.testing import Model, OptimizerContract
 from tests.driving import BOX, SOLVERS, start, whole
@@ -515,41 +516,18 @@ def test_a_noisy_network_is_resumed_bit_for_bit(text: str) -> None:
         assert rest == heard[done:]
 
 
-class Gated(nn.Module):
-    """A linear function of the inputs and of a hard gate; by its threshold the gradient is 0."""
-
-    def __init__(self, threshold: float, jump: float) -> None:
-        super().__init__()
-        self.threshold = nn.Parameter(torch.tensor([threshold]))
-        self.features = nn.Linear(5, 1)
-        with torch.no_grad():
-            self.features.weight[:, 4] = jump
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.round(torch.sigmoid(x[:, :1] - self.threshold))
-        out: Tensor = self.features(torch.cat([x, gate], dim=1))
-        return out
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_rounding_gate_is_learned_by_both_halves_together(seed: int) -> None:
     def learn(text: str, select: str | None = None) -> tuple[float, float]:
-        torch.manual_seed(seed)
-        model, teacher, x = Gated(-0.8, 0.0), Gated(0.6, 3.0), 4 * torch.rand(200, 4) - 2
-        y = teacher(x).detach()
+        problem = rounding_gate(seed)
         result = hybridopt.minimize(
-            lambda model: (model(x) - y).square().mean(),
-            model,
-            text,
-            budget="2000fe",
-            seed=seed,
-            select=select,
+            problem.loss, problem.target, text, budget="2000fe", seed=seed, select=select
         )
-        return result.best_loss, model.threshold.item()
+        return result.best_loss, problem.target.threshold.item()
 
     features, stuck = learn("adam(lr=0.1)")
     thresholds, _ = learn("openai_es", "threshold")
     both, found = learn('split("threshold": openai_es, "features.*": adam(lr=0.1))')
     assert stuck == pytest.approx(-0.8)  # adam had all weights, and its gradient there was 0
     assert both < 0.2 * min(features, thresholds)
-    assert abs(found - 0.6) < 0.2
+    assert abs(found - THRESHOLD) < 0.2
