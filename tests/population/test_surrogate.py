@@ -11,6 +11,7 @@ from scipy.stats import kendalltau
 import hybridopt
 from hybridopt import Reason, Run
 from hybridopt.errors import MethodError
+from hybridopt.population import surrogate
 from hybridopt.population.surrogate import LOOK, LQCMAES, Model, Surrogate, tau
 from hybridopt.testing import OptimizerContract
 
@@ -99,6 +100,20 @@ def test_equal_losses_have_no_model() -> None:
     assert (Model.fitted(x, np.ones(40))(x) == 0).all()
 
 
+def test_the_best_points_weigh_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no model fits everywhere, it fits better where the losses are low."""
+    x = np.random.default_rng(5).standard_normal((40, 2))
+    losses = (x**4).sum(1)
+    best = np.argsort(losses)[:10]
+
+    def error() -> float:
+        return float(np.std(Model.fitted(x, losses)(x[best]) - losses[best]))
+
+    weighted = error()
+    monkeypatch.setattr(surrogate, "HEAVIEST", 1)
+    assert weighted < 0.8 * error()
+
+
 def test_tau() -> None:
     rng = np.random.default_rng(4)
     a, b = rng.standard_normal((2, 15))
@@ -168,16 +183,21 @@ def test_a_restart_forgets() -> None:
 
 
 def test_the_end_names_a_point_that_was_evaluated() -> None:
+    """Not the model's word of one that was spared."""
     seen: dict[bytes, float] = {}
 
     def loss(x: np.ndarray) -> float:
         seen[x.tobytes()] = turned(x)
         return seen[x.tobytes()]
 
-    result = hybridopt.minimize(loss, np.zeros(3), "lq_cmaes(sigma=0.5)", budget=5000, seed=0)
-    assert result.reason is not Reason.EVALUATIONS
-    assert result.best_loss == min(seen.values())
-    assert seen[np.asarray(result.x).tobytes()] == result.best_loss
+    run = Run(loss, np.zeros(3), LQCMAES(sigma=0.5), budget=5000, seed=0)
+    while (step := run.step()) is not None and step.reason is None:
+        pass
+    assert step is not None
+    assert step.reason is Reason.CONVERGED
+    incumbent = run.optimizer.incumbent
+    assert incumbent.x is not None
+    assert incumbent.loss == min(seen.values()) == seen[incumbent.x.tobytes()]
 
 
 def test_losses_that_are_not_finite() -> None:
