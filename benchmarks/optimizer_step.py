@@ -8,7 +8,7 @@ the fastest median of its for-loop, foreach, fused (where it has it) and `torch.
 one for the smallest model only: its compilation takes minutes for the others). Both sides keep their own
 wrappers: profiler range, hooks.
 
-"floor" is what a step of ours must do whatever the rule, each part called alone, the least of many times: to ask whether
+"floor" is what a step of ours must do whatever the rule, each part called alone, the least of many times: to ask if
 lists and dicts are as they were, to ask where tensors and gradients are, to raise the version counters that autograd
 looks at, and the compiled loop itself. What is left of the whole step is Python around them (looking for hooks,
 profiler, GradScaler and torch.compile; calls). The loop of 104k weights is bound by one division and one root an

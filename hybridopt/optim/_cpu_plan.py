@@ -80,13 +80,13 @@ class CpuPlan(Plan):
         """See `Plan.run`."""
         if self.module is None:
             return
-        for i, name in enumerate(self.extras):
-            self.hyper[self.hypers + i] = float(extras[name])
-        threads = torch.get_num_threads() if self.parallel else 1
-        if threads == 1:
-            self.module.run(self.block_address)
-        else:
+        if extras:
+            for i, name in enumerate(self.extras):
+                self.hyper[self.hypers + i] = float(extras[name])
+        if self.parallel and (threads := torch.get_num_threads()) > 1:
             self._run_parallel(*self._cut(threads), threads)
+        else:
+            self.module.run(self.block_address)
         _increment_version(self.params)
 
     def _run_parallel(self, chunks: array[int], ends: list[int], threads: int) -> None:
