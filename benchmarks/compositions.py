@@ -118,7 +118,8 @@ def handed(name: str, option: str, seed: int) -> tuple[float, bool]:
         else:
             x = torch.from_numpy(np.random.default_rng(seed).uniform(-2, 2, n))
             r = hybridopt.minimize(loss, x, text, budget=limits, bounds=(-5, 5), seed=seed)
-    return r.forward_equivalents, r.best_loss <= target
+    reached = r.best_loss <= target
+    return r.forward_equivalents if reached else float(limits.forward_equivalents or 0), reached
 
 
 def overhead() -> dict[str, list[float]]:
