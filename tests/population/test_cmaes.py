@@ -680,7 +680,8 @@ def test_wrong_options(options: dict[str, Any], text: str) -> None:
 ])  # fmt: skip
 def test_memory_is_what_is_needed(options: dict[str, Any], n: int) -> None:
     method = CMAES(**options)
-    fill_normal(np.random.default_rng(0), np.empty((1, n)))  # loads a compiler, whose memory is not the method's
+    # loads a compiler, whose memory is not the method's
+    fill_normal(np.random.default_rng(0), np.empty((1, n)))
     tracemalloc.start()
     run = begin(method, np.ones(n))
     for _ in range(12):
