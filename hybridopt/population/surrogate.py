@@ -187,6 +187,7 @@ class Surrogate(Strategy):
                 return None
             # as if the best of those evaluated had the loss that it has
             judged = self.predicted + (self.known[evaluated].min() - self.predicted[evaluated].min())
+            judged[np.isposinf(self.known)] = np.inf  # the model knows nothing of rejected points
         ending = self._end_generation(judged, rng)
         return None if ending is None else ending._replace(loss=math.inf)  # the run knows the true lowest
 

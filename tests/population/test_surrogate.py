@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,16 @@ def test_bad_options() -> None:
         LQCMAES(sigma=-1.0)
     with pytest.raises(MethodError, match="lq_cmaes: expected popsize >= 2"):
         LQCMAES(popsize=1)
+
+
+def test_a_region_that_is_rejected_is_not_taken_for_the_best() -> None:
+    """What the model promises beyond a wall, where it knows no point, is not believed."""
+    sizes = 10.0 ** np.linspace(0, 3, 5)
+
+    def walled(x: Any) -> float:
+        return float(np.sum(sizes * x**2)) if x[0] >= 1 else math.nan
+
+    for seed in range(3):
+        with pytest.warns(RuntimeWarning, match="counted"):
+            result = hybridopt.minimize(walled, np.full(5, 2.0), LQCMAES(sigma=0.3), budget=1500, seed=seed)
+        assert result.best_loss - 1 < 1e-4, "the lowest loss is 1, on the wall"
