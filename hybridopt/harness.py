@@ -91,9 +91,9 @@ class Run:
             self.objective.listeners.append(self._log)
         self._result: Result | None = None
         self._ended: tuple[Reason, str] | None = None  # by the method itself, which no larger budget undoes
-        fitted, self._chosen = self.method.fitted(self.objective)
-        _require_skills(fitted, self.objective)
-        self.optimizer: Optimizer = fitted.start(self.objective.vector, self.seed)
+        self._fitted, self._chosen = self.method.fitted(self.objective)
+        _require_skills(self._fitted, self.objective)
+        self.optimizer: Optimizer = self._fitted.start(self.objective.vector, self.seed)
 
     # -- stepping -----------------------------------------------------------------------------------------------
 
@@ -196,6 +196,8 @@ class Run:
         return {
             "version": STATE_VERSION,
             "method": str(self.method),
+            "fitted": str(self._fitted),
+            "chosen": list(self._chosen),
             "seed": self.seed,
             "steps": self.steps,
             "ended": None if self._ended is None else [self._ended[0].value, self._ended[1]],
@@ -205,6 +207,8 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
         """Go on where a saved run stood, in this or another process. The budget stays as given here.
+
+        What `auto` chose then stays chosen, whatever it would choose for this budget.
 
         Args:
             state: from `state_dict`.
@@ -218,6 +222,10 @@ class Run:
             raise StateError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
         if state["method"] != str(self.method):
             raise StateError(f"state: it was saved by {state['method']!r}, this run is {str(self.method)!r}")
+        if state["fitted"] != str(self._fitted):
+            self.optimizer.close()
+            self._fitted, self._chosen = read_method(state["fitted"]), list(state["chosen"])
+            self.optimizer = self._fitted.start(self.objective.vector, state["seed"])
         self.seed = state["seed"]
         self.steps = state["steps"]
         ended = state["ended"]

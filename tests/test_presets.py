@@ -117,6 +117,26 @@ def test_resume_makes_the_same_choice() -> None:
     assert first.path + rest.path == whole.path
 
 
+def test_what_was_chosen_stays_chosen_under_another_budget() -> None:
+    def begun(budget: int) -> Run:
+        x = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+        return Run(Recorded(), x, "auto", budget=budget, bounds=BOX, seed=3, batch="loop")
+
+    run, other = begun(90), begun(3000)
+    for _ in range(20):
+        run.step()
+    state = run.state_dict()
+    notes = run.finish().notes
+    assert other.state_dict()["chosen"] != state["chosen"]
+    other.load_state_dict(state)
+    with other:
+        for _ in other:
+            pass
+    result = other.result()
+    assert result.notes[-1] == notes[-1]
+    assert result.evaluations > 90
+
+
 def test_it_cannot_be_a_part() -> None:
     with pytest.raises(MethodError, match="expected to be the whole method of a run"):
         hybridopt.minimize(values, np.zeros(2), "auto(evaluations=50) > slsqp", budget=90, seed=0)
