@@ -56,6 +56,7 @@ class ClosureRun:
         self._pending: Request | None = None
         self._told: list[_Told] = []
         self._loss = math.inf
+        self._known = warm is not None and math.isfinite(warm.loss)
         self._saved: list[Tensor] | None = None
         self._expected: tuple[str, dict[str, str]] | None = None
         self._exact = True
@@ -108,8 +109,9 @@ class ClosureRun:
                     "gradient-free method"
                 )
             self._loss = answer.loss if not self._told else min(self._loss, answer.loss)
+            self._known = True
             loss = answer.loss
-        elif math.isinf(self._loss):
+        elif not self._known:
             raise NonFiniteLoss.at_start(answer.loss)
         else:
             grads = [torch.zeros_like(t) for t in self.vector.tensors]
@@ -167,6 +169,7 @@ class ClosureRun:
             "optimizer": copy.deepcopy(self._begin_state),
             "told": [[t.loss, [None if g is None else g.clone() for g in t.grads]] for t in self._told],
             "loss": self._loss,
+            "known": self._known,
             "ended": self._ended,
             "at": self._at(),
             "notes": list(self.notes),
@@ -182,7 +185,7 @@ class ClosureRun:
         self._begin_weights = [t.clone() for t in state["weights"]]
         self._begin_state = copy.deepcopy(state["optimizer"])
         self._told = [_Told(loss, list(grads)) for loss, grads in state["told"]]
-        self._loss = state["loss"]
+        self._loss, self._known = state["loss"], state["known"]
         self._ended = state["ended"]
         self._expected = None if state["at"] is None else (state["at"], dict(state["fingerprint"]))
         self._exact = exact

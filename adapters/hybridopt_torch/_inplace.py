@@ -40,6 +40,7 @@ class InPlaceRun:
         self.optimizer = method.make(vector, warm)
         self.notes: list[str] = []
         self._loss = math.inf
+        self._known = warm is not None and math.isfinite(warm.loss)
         self._saved: list[Tensor] | None = None
         self._closed = False
         if warm is not None and warm.x is not None:
@@ -67,15 +68,15 @@ class InPlaceRun:
         """See `Optimizer.tell`; a step that is not finite leaves weights and state as they are.
 
         Raises:
-            NonFiniteLoss: at the first step, which the next would only repeat.
+            NonFiniteLoss: at the first step, where no predecessor found a finite loss.
         """
         if answer.stop is not None:
             raise answer.stop
-        if not answer.finite and math.isinf(self._loss):
+        if not answer.finite and not self._known:
             raise NonFiniteLoss.at_start(answer.loss)
         self._hold()
         if answer.finite:
-            self._loss = answer.loss
+            self._loss, self._known = answer.loss, True
             if all(t.grad is None for t in self.vector.tensors):
                 raise MissingGradient(
                     "gradient: the loss depends on none of the selected weights "
@@ -105,6 +106,7 @@ class InPlaceRun:
             "weights": weights,
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "loss": self._loss,
+            "known": self._known,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
@@ -115,7 +117,7 @@ class InPlaceRun:
         self.vector.claim(self)
         self.vector.restore(state["weights"])
         load_optimizer(self.optimizer, state["optimizer"])
-        self._loss = state["loss"]
+        self._loss, self._known = state["loss"], state["known"]
 
     def close(self) -> None:
         """Let go of the tensors."""

@@ -395,3 +395,20 @@ def test_a_run_copied_in_its_second_stage() -> None:
 def test_wrong_stages(make: Any, text: str) -> None:
     with pytest.raises(MethodError, match=text):
         make()
+
+
+@pytest.mark.parametrize("last", ["adam(lr=0.01)", "torch.lbfgs"])
+def test_one_loss_that_is_not_finite_where_a_stage_begins_does_not_end_the_run(last: str) -> None:
+    calls: list[int] = []
+
+    def loss(x: Tensor) -> Tensor:
+        calls.append(1)
+        return rosenbrock(x) * (math.nan if len(calls) == 41 else 1.0)
+
+    weights = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="counted"):
+        result = hybridopt.minimize(
+            loss, weights, f"cmaes(evaluations=40) > {last}", budget=120, seed=0, batch="loop"
+        )
+    assert result.evaluations > 60
+    assert result.nonfinite == 1
