@@ -153,7 +153,7 @@ class FusedStep(Extended):
 
     def _current(self, plans: list[Plan]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
-        if self.state is not self._states or (
+        if (self.state is not self._states or self.param_groups is not self._groups) or (
             (self._live or not self._versions.same()) and not self._take_options(plans)
         ):
             return False
@@ -178,7 +178,7 @@ class FusedStep(Extended):
 
     def _note_structure(self) -> None:
         """What plans are made for, but for options, gradients and memory."""
-        self._states = self.state
+        self._states, self._groups = self.state, self.param_groups
         lists = chain.from_iterable((group["params"], END) for group in self.param_groups)
         entries = [entry.values() for entry in self.state.values()]
         self._structure = Contents([*lists, self.state.values(), *entries])

@@ -34,8 +34,8 @@ class CpuPlan(Plan):
         arrays = (self.table, self.gradients, self.hyper, self.scratch)
         self.block = array("q", [self.size, *(a.buffer_info()[0] for a in arrays), 0, 0, 0, 0])
         self.block_address = self.block.buffer_info()[0]
-        # a weight that is listed twice is stepped twice, one after the other
-        alone = len(set(map(id, self.params))) == self.size
+        # a weight that is listed twice, or shares memory with another, is stepped twice, one after the other
+        alone = _apart(self.params)
         self.pieces: dict[int, tuple[array[int], list[int]]] = {}
         self.parallel = alone and sum(self.numels) >= PARALLEL_FROM
         self.module: Any = None
@@ -111,3 +111,9 @@ class CpuPlan(Plan):
         block = array("q", [count, *(a.buffer_info()[0] for a in addresses)])
         cpu.squares(self.variant.gradient).run(block.buffer_info()[0])
         return sum(out)
+
+
+def _apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether none begins where another has not ended."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
+    return all(end <= begin for (_, end), (begin, _) in pairwise(spans))

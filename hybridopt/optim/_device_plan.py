@@ -37,7 +37,7 @@ class DevicePlan(Plan):
         self.numbers = torch.zeros(max(1, coefficients), dtype=torch.float64, device=self.device)
         self.told: list[float | None] = []
         self.hypers_there = self._send(torch.tensor(self.hyper, dtype=torch.float64))
-        self.tensors: list[tuple[int, Tensor]] = []
+        self.hyper_tensors: list[tuple[int, Tensor]] = []
         self.gradients_there = torch.zeros(max(1, self.size), dtype=torch.int64, device=self.device)
         self.never = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.even: list[bool] = []
@@ -115,7 +115,7 @@ class DevicePlan(Plan):
 
     def _take(self, hyper: Sequence[Any]) -> None:
         """Numbers are sent when they change; tensors are copied on the device at every step, also by a graph."""
-        self.tensors = [(i, value) for i, value in enumerate(hyper) if isinstance(value, Tensor)]
+        self.hyper_tensors = [(i, value) for i, value in enumerate(hyper) if isinstance(value, Tensor)]
         values = [None if isinstance(value, Tensor) else float(value) for value in hyper]
         if values != self.told:
             self.told = values
@@ -126,7 +126,7 @@ class DevicePlan(Plan):
         """See `Plan.run`."""
         if self.module is None:
             return
-        for i, tensor in self.tensors:
+        for i, tensor in self.hyper_tensors:
             self.hypers_there[i].copy_(tensor.detach().reshape(()), non_blocking=True)
         for i, name in enumerate(self.extras, start=self.hypers):
             value = extras[name]

@@ -48,9 +48,6 @@ def _step(
     if found_inf is not None and found_inf.item():
         return
     divisor = 1.0 if scale is None else scale.item()
-    if plans is None and scale is not None:
-        _unscale(optimizer, divisor)
-        divisor = 1.0
     factor = None
     if extras.measured:
         norm = math.sqrt(_square_sum(optimizer, plans)) / abs(divisor)
@@ -63,6 +60,8 @@ def _step(
             factor = extras.max_grad_norm / (norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
             factor = 1.0 if factor > 1 else factor  # nan stays
     if plans is None:
+        if scale is not None:
+            _unscale(optimizer, divisor)
         optimizer._elsewhere(factor)
     else:
         numbers = {"divisor": divisor, "factor": 1.0 if factor is None else factor}

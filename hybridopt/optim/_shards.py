@@ -60,7 +60,11 @@ class Shards:
     def fits(self, optimizer: FusedStep) -> bool:
         """Whether weights and groups are those it was made for, in the same memory."""
         weights = [p for group in optimizer.param_groups for p in group["params"]]
-        return len(weights) == len(self.weights) and all(
+        sizes, known = (
+            [len(group["params"]) for group in groups]
+            for groups in (optimizer.param_groups, self.inner.param_groups)
+        )
+        return sizes == known and all(
             p is q and _local(p).data_ptr() == self.locals[p].data_ptr()
             for p, q in zip(weights, self.weights, strict=True)
         )

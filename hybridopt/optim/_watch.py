@@ -45,7 +45,8 @@ class Versions:
     def __init__(self, lists: Sequence[list[Any]] = (), dicts: Sequence[dict[Any, Any]] = ()) -> None:
         self.kept = lists, dicts, [list(one) for one in lists]
         self.block: array[int] | None = None
-        if lists and counts_versions() and all(isinstance(one, dict) for one in dicts):
+        read = all(isinstance(one, list) for one in lists) and all(isinstance(one, dict) for one in dicts)
+        if lists and read and counts_versions():
             self.block = array("q", [len(lists)])
             for one in lists:
                 self.block.extend([id(one), len(one), *map(id, one)])
@@ -132,15 +133,23 @@ def functions() -> tuple[int, ...]:
     try:
         found = [ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0 for name in names]
         cpu.watch()
-    except (OSError, AttributeError, cpu.Untranslatable):
+        return tuple(found) if _finds_gradients(found[-1]) else ()
+    except (
+        OSError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        cpu.Untranslatable,
+    ):  # other names, other meanings
         return ()
-    return tuple(found) if _finds_gradients(found[-1]) else ()
 
 
 def _finds_gradients(function: int) -> bool:
     """Whether torch's function tells the address of a weight's gradient, and dispatch keys are found."""
     p = torch.zeros(1, requires_grad=True)
     p.grad = torch.zeros(1)
+    if not _is_behind_its_header(p):  # nothing may be called on what is no tensor
+        return False
     find = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(function)
     handle = find(_number_at(id(p) + 16))
     return handle is not None and _number_at(handle) == _number_at(id(p.grad) + 16) and _place_of_keys() > 0

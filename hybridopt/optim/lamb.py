@@ -116,7 +116,7 @@ class LAMB(Whole):
         directions = self._ready()
         before = directions.skipped_steps
         try:
-            directions.step()
+            directions._update()  # not `step`: hooks of all optimizers are to see ours alone
             self._say(directions._used)
             self._skipped += directions.skipped_steps - before
             if directions.skipped_steps == before:
