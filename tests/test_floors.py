@@ -99,6 +99,7 @@ METHODS = (
     "hybridopt_torch/",
 )
 SHARED = (
+    "hybridopt/population/cmaes.py",  # the search that lq_cmaes spares evaluations
     "hybridopt/optim/own.py",
     "hybridopt_scipy/_minimize.py",
     "hybridopt_torch/_closure.py",
