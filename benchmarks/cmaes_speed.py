@@ -121,34 +121,25 @@ def cmaes(d: int, popsize: int) -> Generations:
 
 
 def evotorch(d: int, popsize: int) -> Generations:
-    from evotorch import Problem
-    from evotorch.algorithms import CMAES as Theirs  # noqa: N811
-    from evotorch.decorators import vectorized
-
-    logging.disable(logging.INFO)
     sizes = 10.0 ** (6 * torch.arange(d, dtype=torch.float64) / d)
-    loss = vectorized(lambda x: (sizes * x * x).sum(1))
-    problem = Problem("min", loss, solution_length=d, initial_bounds=(-1, 1), dtype=torch.float64, seed=1)
-    es = Theirs(problem, stdev_init=0.5, popsize=popsize, center_init=torch.ones(d, dtype=torch.float64))
-
-    def generations(count: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(count):
-            es.step()
-        return time.perf_counter() - begin
-
-    return generations
+    return stepped("CMAES", lambda x: (sizes * x * x).sum(1), d, popsize, torch.float64)
 
 
 def evotorch_snes(d: int, popsize: int, dtype: torch.dtype) -> Generations:
-    from evotorch import Problem
-    from evotorch.algorithms import SNES as Theirs  # noqa: N811
+    return stepped("SNES", lambda x: (x[:, :FEW] ** 2).sum(1), d, popsize, dtype)
+
+
+def stepped(
+    name: str, loss: Callable[[torch.Tensor], torch.Tensor], d: int, popsize: int, dtype: torch.dtype
+) -> Generations:
+    """EvoTorch's method of that name on `d` weights."""
+    from evotorch import Problem, algorithms
     from evotorch.decorators import vectorized
 
     logging.disable(logging.INFO)
-    loss = vectorized(lambda x: (x[:, :FEW] ** 2).sum(1))
-    problem = Problem("min", loss, solution_length=d, initial_bounds=(-1, 1), dtype=dtype, seed=1)
-    es = Theirs(problem, stdev_init=0.5, popsize=popsize, center_init=torch.ones(d, dtype=dtype))
+    problem = Problem("min", vectorized(loss), solution_length=d, initial_bounds=(-1, 1), dtype=dtype, seed=1)
+    start = torch.ones(d, dtype=dtype)
+    es = getattr(algorithms, name)(problem, stdev_init=0.5, popsize=popsize, center_init=start)
 
     def generations(count: int) -> float:
         begin = time.perf_counter()
