@@ -284,7 +284,6 @@ class Turns:
             member.notes, member.received = list(saved["notes"]), saved["received"]
             member.run.close()
             if saved["run"] is not None:
-                member.run = member.method.start(
-                    self._vector, 0
-                )  # one that was dropped since cannot be asked again
+                # begun anew: one that was dropped since cannot be asked again
+                member.run = member.method.start(self._vector, 0)
                 member.run.load_state_dict(saved["run"], exact=exact)
