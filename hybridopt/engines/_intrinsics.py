@@ -1,4 +1,4 @@
-"""What numba lacks: addresses as pointers, and fused multiply-add.
+"""What numba lacks: addresses as pointers, bits of numbers, calls of C functions, and a counter for threads.
 
 Imported only by generated modules, because numba loads slowly.
 """
@@ -118,3 +118,14 @@ def ask_tensor(typingctx: Any, function: Any, tensor: Any, out: Any) -> Any:
         return builder.call(called, [builder.inttoptr(a, address) for a in args[1:]])
 
     return types.int32(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def claim(typingctx: Any, address: Any) -> Any:
+    """The int64 at an address, which no other thread is given: it is raised by one in the same moment."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), codegen

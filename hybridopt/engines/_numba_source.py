@@ -14,10 +14,11 @@ _NUMBERS = {"float32": "np.float32", "float64": "np.float64"}
 def module_source(rule: Rule, variant: Variant) -> str:
     """The generated module: `run(block)`, `block` being the address of nine int64.
 
-    They are: how many tensors; the addresses of the table, of the gradients' addresses, of the numbers (the rule's
+    They are: the next piece; how many pieces; the address of the pieces (tensor, start, count); what to do (0 all,
+    1 only the coefficients, 2 only pieces, until none is left: any number of threads may do so with the same block);
+    how many tensors; the addresses of the table, of the gradients' addresses, of the numbers (the rule's
     hyperparameters, `Variant.extras`, and under `stochastic` the seed; float64), and of room for `width` float64 a
-    tensor; what to do (0 all, 1 only the coefficients, 2 only the pieces `low` to `high`); the address of the pieces
-    (tensor, start, count); low; high. A row of the table: elements, addresses of the per-tensor numbers, of the
+    tensor. A row of the table: elements, addresses of the per-tensor numbers, of the
     weight, of the states, under `kahan` of `kahan_comp`, and under `stochastic` the tensor's number.
     """
     return "\n".join(
@@ -26,10 +27,11 @@ def module_source(rule: Rule, variant: Variant) -> str:
 
 
 def squares_source(dtype: str) -> str:
-    """A module that sums squares: `run(block)`, `block` being the address of four int64.
+    """A module that sums squares: `run(block)`, `block` being the address of five int64.
 
-    They are: how many pieces; the addresses of the gradients' addresses, of the pieces (tensor, start, count), and of
-    as many float64 for the results. Eight running sums, so that the processor need not wait for each addition.
+    They are: the next piece; how many pieces; the addresses of the pieces (tensor, start, count), of the gradients'
+    addresses, and of as many float64 as pieces for the results. Eight running sums, so that the processor need not wait
+    for each addition.
     """
     load = f"_from_{dtype}(g[i + {{j}}])" if dtype in ("bfloat16", "float16") else "g[i + {j}]"
     sums = [f"            a{j} += np.float64({load.format(j=j)}) ** 2" for j in range(8)]
@@ -47,14 +49,16 @@ def squares_source(dtype: str) -> str:
             "    return ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))",
             "@njit('void(int64)', cache=True, **OPTIONS)",
             "def run(block_address):",
-            "    block = carray(pointer_i64(block_address), (4,))",
-            "    n = block[0]",
-            "    gradients = carray(pointer_i64(block[1]), (n,))",
-            "    chunks = carray(pointer_i64(block[2]), (n, 3))",
-            "    out = carray(pointer_f64(block[3]), (n,))",
-            "    for k in range(n):",
-            f"        address = gradients[chunks[k, 0]] + chunks[k, 1] * {SIZES[dtype]}",
-            f"        out[k] = _sum(carray(pointer_{_POINTERS[dtype]}(address), (chunks[k, 2],)))",
+            "    block = carray(pointer_i64(block_address), (5,))",
+            "    n = block[1]",
+            "    pieces = carray(pointer_i64(block[2]), (n, 3))",
+            "    gradients = carray(pointer_i64(block[3]), (n,))",
+            "    out = carray(pointer_f64(block[4]), (n,))",
+            "    k = claim(block_address)",
+            "    while k < n:",
+            f"        address = gradients[pieces[k, 0]] + pieces[k, 1] * {SIZES[dtype]}",
+            f"        out[k] = _sum(carray(pointer_{_POINTERS[dtype]}(address), (pieces[k, 2],)))",
+            "        k = claim(block_address)",
             "",
         ]
     )
@@ -87,10 +91,10 @@ def _imports() -> list[str]:
         "from numba import carray, njit",
         "from hybridopt.engines._intrinsics import bfloat16_bits, fma as _fma, float16_bits, float32_bits",
         "from hybridopt.engines._intrinsics import from_bfloat16 as _from_bfloat16, from_float16 as _from_float16",
-        "from hybridopt.engines._intrinsics import ask_tensor, gradient_of",
+        "from hybridopt.engines._intrinsics import ask_tensor, claim, gradient_of",
         "from hybridopt.engines._intrinsics import pointer_f32, pointer_f64, pointer_i64, pointer_u16",
-        "OPTIONS = dict(nogil=True, error_model='numpy', no_cfunc_wrapper=True)",
-        "INNER = dict(OPTIONS, no_cpython_wrapper=True)  # called by `run` alone; wrappers would cost 0.2 s",
+        "OPTIONS = dict(nogil=True, error_model='numpy')",
+        "INNER = dict(OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # wrappers would cost 0.2 s",
     ]
 
 
@@ -238,12 +242,12 @@ def _driver(rule: Rule, variant: Variant) -> list[str]:
         ),
         "@njit(**INNER)",
         "def _tables(block_address):",
-        "    block = carray(pointer_i64(block_address), (5,))",
-        "    n = block[0]",
-        f"    table = carray(pointer_i64(block[1]), (n, {columns}))",
-        "    gradients = carray(pointer_i64(block[2]), (n,))",
-        f"    hyper = carray(pointer_f64(block[3]), ({max(hypers + len(extras) + int(variant.stochastic), 1)},))",
-        f"    c = carray(pointer_f64(block[4]), (n, {width(rule, variant)}))",
+        "    block = carray(pointer_i64(block_address), (9,))",
+        "    n = block[4]",
+        f"    table = carray(pointer_i64(block[5]), (n, {columns}))",
+        "    gradients = carray(pointer_i64(block[6]), (n,))",
+        f"    hyper = carray(pointer_f64(block[7]), ({max(hypers + len(extras) + int(variant.stochastic), 1)},))",
+        f"    c = carray(pointer_f64(block[8]), (n, {width(rule, variant)}))",
         "    return n, table, gradients, hyper, c",
         _RUN,
     ]
@@ -267,7 +271,7 @@ _RUN = """@njit('void(int64)', cache=True, **OPTIONS)
 def run(block_address):
     n, table, g, hyper, c = _tables(block_address)
     block = carray(pointer_i64(block_address), (9,))
-    work, low, high = block[5], block[7], block[8]
+    work = block[3]
     if work != 2:
         for t in range(n):
             _begin(table[t], hyper, c[t])
@@ -281,10 +285,12 @@ def run(block_address):
             _apply(table[t], g[t], 0, count, c[t])
             t = last
     if work == 2:
-        chunks = carray(pointer_i64(block[6]), (high, 3))
-        for k in range(low, high):
-            t = chunks[k, 0]
-            _apply(table[t], g[t], chunks[k, 1], chunks[k, 2], c[t])
+        pieces = carray(pointer_i64(block[2]), (block[1], 3))
+        k = claim(block_address)
+        while k < block[1]:
+            t = pieces[k, 0]
+            _apply(table[t], g[t], pieces[k, 1], pieces[k, 2], c[t])
+            k = claim(block_address)
 """
 
 _WATCH = """

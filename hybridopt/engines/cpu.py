@@ -7,14 +7,20 @@ cache does not notice a rule that was edited in another file.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import cast
+
+import torch
 
 from hybridopt.engines._modules import Variants, load
 from hybridopt.engines._numba_source import module_source, squares_source, watch_source
@@ -22,7 +28,7 @@ from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._variant import Variant, width
 from hybridopt.rules import Rule
 
-__all__ = ["Untranslatable", "available", "compiled", "pool", "squares", "watch", "width"]
+__all__ = ["Untranslatable", "available", "compiled", "pool", "squares", "together", "watch", "width"]
 
 
 @functools.cache
@@ -82,6 +88,47 @@ def _load(source: str, kind: str = "rule") -> ModuleType:
     )
 
 
+def together(module: ModuleType, block: array[int], threads: int) -> None:
+    """Let several threads run a module on one block, from which they claim pieces until none is left.
+
+    They are those of torch's own OpenMP where it has one that we know: its threads go on spinning for milliseconds
+    after each of torch's operations, and others would have to wait for the processors. Else, and in a forked child,
+    which has none of them, a pool of our own.
+    """
+    block[0] = 0
+    address = block.buffer_info()[0]
+    if threads < 2:
+        module.run(address)
+    elif (begin := _openmp()) is not None:
+        begin(_entry(module), address, threads, 0)
+    else:
+        others = [pool(threads - 1).submit(module.run, address) for _ in range(threads - 1)]
+        try:
+            module.run(address)
+        finally:  # nobody may free this memory while a thread writes to it
+            wait(others)
+
+
+@functools.cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP that torch was linked with, None without."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):  # torch has other threads, or they have other names
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return cast("Callable[[int, int, int, int], None]", function)
+
+
+@functools.cache
+def _entry(module: ModuleType) -> int:
+    """Address of a module's `run` as a C function."""
+    (found,) = module.run.overloads.values()
+    address: int = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+    return address
+
+
 @functools.cache
 def pool(threads: int) -> ThreadPoolExecutor:
     """Worker threads for large steps; compiled code releases the interpreter lock."""
@@ -90,8 +137,10 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """A forked child has the parent's pool and lock, but none of the threads that serve and hold them."""
+    global _openmp
     pool.cache_clear()
     _variants.making = threading.Lock()
+    _openmp = functools.cache(lambda: None)
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +31,12 @@ class CpuPlan(Plan):
         width = cpu.width(optimizer.rule, self.variant)
         self.scratch = array("d", [0.0] * max(1, self.size * width))
         arrays = (self.table, self.gradients, self.hyper, self.scratch)
-        self.block = array("q", [self.size, *(a.buffer_info()[0] for a in arrays), 0, 0, 0, 0])
+        # next piece, pieces, their address, work; see `module_source`
+        self.block = array("q", [0, 0, 0, 0, self.size, *(a.buffer_info()[0] for a in arrays)])
         self.block_address = self.block.buffer_info()[0]
         # a weight that is listed twice, or shares memory with another, is stepped twice, one after the other
         alone = _apart(self.params)
-        self.pieces: dict[int, tuple[array[int], list[int]]] = {}
+        self.pieces = array("q")
         self.parallel = alone and sum(self.numels) >= PARALLEL_FROM
         self.module: Any = None
         if self.size:
@@ -47,21 +47,13 @@ class CpuPlan(Plan):
             except cpu.Untranslatable as error:
                 raise Ineligible(str(error)) from error
 
-    def _cut(self, threads: int) -> tuple[array[int], list[int]]:
-        """Pieces of (tensor, start, count), sorted by thread, and where in them each thread begins and the last ends.
-
-        A piece goes to the thread that has the fewest elements so far: all work in the same part of the memory.
-        """
-        if threads not in self.pieces:
-            shares, sizes = [array("q") for _ in range(threads)], [0] * threads
+    def _cut(self) -> array[int]:
+        """Pieces of (tensor, start, count), in the order of memory as far as the tensors are."""
+        if not self.pieces:
             for t, numel in enumerate(self.numels):
                 for start in range(0, numel, CHUNK):
-                    count, least = min(CHUNK, numel - start), sizes.index(min(sizes))
-                    shares[least].extend((t, start, count))
-                    sizes[least] += count
-            ends = accumulate((len(share) // 3 for share in shares), initial=0)
-            self.pieces[threads] = sum(shares, array("q")), list(ends)
-        return self.pieces[threads]
+                    self.pieces.extend((t, start, min(CHUNK, numel - start)))
+        return self.pieces
 
     def _moved(self) -> None:
         """The loop reads `gradients` itself; where all is flat, each weight reaches to the next one."""
@@ -84,32 +76,27 @@ class CpuPlan(Plan):
             for i, name in enumerate(self.extras):
                 self.hyper[self.hypers + i] = float(extras[name])
         if self.parallel and (threads := torch.get_num_threads()) > 1:
-            self._run_parallel(*self._cut(threads), threads)
+            self.module.run(self._block(1).buffer_info()[0])
+            cpu.together(self.module, self._block(2), threads)
         else:
             self.module.run(self.block_address)
         _increment_version(self.params)
 
-    def _run_parallel(self, chunks: array[int], ends: list[int], threads: int) -> None:
-        shared = list(self.block[:5])
-        begin = array("q", [*shared, 1, 0, 0, 0])
-        self.module.run(begin.buffer_info()[0])
-        blocks = [array("q", [*shared, 2, chunks.buffer_info()[0], *ends]) for ends in pairwise(ends)]
-        pool: Any = cpu.pool(threads - 1)
-        others = [pool.submit(self.module.run, block.buffer_info()[0]) for block in blocks[1:]]
-        try:
-            self.module.run(blocks[0].buffer_info()[0])
-        finally:  # nobody may free this memory while a thread writes to it
-            wait(others)
+    def _block(self, work: int) -> array[int]:
+        """For a parallel step, which claims its pieces from it."""
+        pieces = self._cut()
+        return array("q", [0, len(pieces) // 3, pieces.buffer_info()[0], work, *self.block[4:]])
 
     def square_sum(self) -> float:
         """See `Plan.square_sum`. Pieces of fixed size, summed in order: the same bits for any number of threads."""
-        if not self.size:
+        pieces = self._cut()
+        count = len(pieces) // 3
+        if not count:
             return 0.0
-        pieces, (_, count) = self._cut(1)
-        out = array("d", [0.0] * max(1, count))
-        addresses = (self.gradients, pieces, out)
-        block = array("q", [count, *(a.buffer_info()[0] for a in addresses)])
-        cpu.squares(self.variant.gradient).run(block.buffer_info()[0])
+        out = array("d", [0.0] * count)
+        block = array("q", [0, count, *(a.buffer_info()[0] for a in (pieces, self.gradients, out))])
+        parallel = sum(self.numels) >= PARALLEL_FROM
+        cpu.together(cpu.squares(self.variant.gradient), block, torch.get_num_threads() if parallel else 1)
         return sum(out)
 
 

@@ -6,7 +6,6 @@ import copy
 import gc
 import inspect
 import io
-import itertools
 import multiprocessing
 import pickle
 import threading
@@ -23,6 +22,7 @@ from torch.optim import lr_scheduler
 from torch.optim import optimizer as torch_optimizer
 
 import hybridopt.optim
+from hybridopt.engines import cpu
 from hybridopt.errors import MethodError
 
 NAMES = (
@@ -862,23 +862,56 @@ def test_same_bits_with_any_number_of_threads(name: str) -> None:
     assert torch.equal(one, _big(5, name))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_get_equal_shares_of_everything(threads: int) -> None:
+def test_the_pieces_of_a_step_cover_everything_once() -> None:
     """Also where large and small tensors take turns."""
     params = [Parameter(torch.zeros(n)) for n in (200_000, 10, 200_000, 10, 0, 65_536, 65_537)]
     optimizer = hybridopt.optim.SGD(params)
     give(params, 0)
     optimizer.step()
     assert optimizer._plans is not None
-    pieces, ends = optimizer._plans[0]._cut(threads)  # type: ignore[attr-defined]
+    pieces = optimizer._plans[0]._cut()  # type: ignore[attr-defined]
     rows = [tuple(pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
-    assert ends[0] == 0
-    assert ends[-1] == len(rows)
     for t, p in enumerate(params):
         covered = sorted((start, start + count) for tensor, start, count in rows if tensor == t)
         assert [a for a, _ in covered] + [p.numel()] == [0] + [b for _, b in covered]
-    sizes = [sum(count for *_, count in rows[a:b]) for a, b in itertools.pairwise(ends)]
-    assert max(sizes) - min(sizes) <= 1 << 16
+    assert max(count for *_, count in rows) <= 1 << 16
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("name", ["SGD", "Rprop"])
+def test_pieces_are_stepped_once_by_torchs_threads_and_by_ours(
+    name: str, openmp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, calls = cpu._openmp(), 0
+    if openmp and begin is None:
+        pytest.skip("torch has no threads that we know")
+
+    def counted(*arguments: int) -> None:
+        nonlocal calls
+        calls += 1
+        begin(*arguments)  # type: ignore[misc]
+
+    expected = _big(1, name)
+    monkeypatch.setattr(cpu, "_openmp", lambda: counted if openmp else None)
+    assert torch.equal(_big(3, name), expected)
+    assert calls == (2 if openmp else 0)  # the first step makes the states
+
+
+def test_a_sum_of_squares_is_the_same_for_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(n, generator=generator)) for n in (200_000, 3, 150_001)]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer = hybridopt.optim.SGD(params, max_grad_norm=1e9)
+    optimizer.step()
+    assert optimizer._plans is not None
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(optimizer._plans[0].square_sum())
+    gradients = [p.grad.double() for p in params if p.grad is not None]
+    assert found[0] == pytest.approx(sum(float(g.square().sum()) for g in gradients), rel=1e-13)
+    assert found[1:] == found[:1] * 2
 
 
 def test_two_threads_with_their_own_optimizers() -> None:
