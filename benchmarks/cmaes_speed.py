@@ -2,6 +2,8 @@
 
 Run: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/cmaes_speed.py [--quick] [--only many]
 
+Of few weights each side is measured with 1 thread and with one for each core, in turn, and stands with its better one.
+
 pycma comes with hybridopt; `cmaes` and `evotorch` (which wants ray) are measured where they are installed. All minimise
 the same ellipsoid from the same start with the same popsize, in turn in one process; only asking and telling is timed.
 (EvoTorch evaluates within its step: one vectorised call is part of its time.) A sample is the mean over many
@@ -17,6 +19,7 @@ import argparse
 import importlib.util
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +29,7 @@ import cma
 import numpy as np
 import torch
 from _measure import ratio, record, summary
+from threadpoolctl import threadpool_limits
 
 from hybridopt.optimizer import Answer
 from hybridopt.population import CMAES, SNES
@@ -33,6 +37,7 @@ from hybridopt.population._base import PopulationMethod, PopulationRun
 from hybridopt.start import Start
 
 GOALS = {(10, 10): 5.0, (10, 100): 5.0, (100, 100): 4.0, (1000, 100): 3.0}
+THREADS = sorted({1, os.cpu_count() or 1})
 Generations = Callable[[int], float]
 """Runs so many generations; the seconds spent in the method."""
 
@@ -208,24 +213,34 @@ def few_weights(quick: bool) -> dict[str, Any]:
         per = {10: 50, 100: 20, 1000: 10}[d]
         rounds = 5 if quick else 11
         tasks = {"ours": ours(d, popsize), **{name: make(d, popsize) for name, make in peers.items()}}
-        seen: dict[str, list[float]] = {name: [] for name in tasks}
+        seen: dict[str, dict[int, list[float]]] = {name: {count: [] for count in THREADS} for name in tasks}
         for round_ in range(rounds + 1):
-            for name, task in list(tasks.items()):
-                slow = len(seen[name]) > 0 and min(seen[name]) > 2e5
-                count = 1 if slow else per
-                if slow and len(seen[name]) >= 2:  # so long a generation: two samples tell enough
-                    continue
-                micro = task(1 if name != "ours" and d == 1000 and round_ == 0 else count) / count * 1e6
-                if round_ or d == 1000:  # the first round warms up
-                    seen[name].append(micro)
+            for threads in THREADS:
+                torch.set_num_threads(threads)
+                with threadpool_limits(threads):
+                    for name, task in tasks.items():
+                        samples = seen[name][threads]
+                        slow = len(samples) > 0 and min(samples) > 2e5
+                        if slow and len(samples) >= 2:  # so long a generation: two samples tell enough
+                            continue
+                        count = 1 if slow or (name != "ours" and d == 1000 and round_ == 0) else per
+                        micro = task(count) / count * 1e6
+                        if round_ or d == 1000:  # the first round warms up
+                            samples.append(micro)
         print(f"\n{d} weights, popsize {popsize}; microseconds per generation")
-        row = {name: summary(samples) for name, samples in seen.items()}
-        for name, found in row.items():
-            print(f"  {name:10s} {found['median']:12.1f}   ({found['min']:.1f} – {found['max']:.1f})")
+        row: dict[str, Any] = {}
+        for name, found in seen.items():
+            by_threads = {threads: summary(samples) for threads, samples in found.items()}
+            best_threads = min(THREADS, key=lambda threads: by_threads[threads]["median"])
+            row[name] = {"threads": best_threads, **by_threads[best_threads]}
+            others = ", ".join(f"{t}: {by_threads[t]['median']:.1f}" for t in THREADS if t != best_threads)
+            spread = f"({row[name]['min']:.1f} – {row[name]['max']:.1f})"
+            print(f"  {name:10s} {row[name]['median']:12.1f} {spread:24s} threads {best_threads} ({others})")
         best = min((name for name in row if name != "ours"), key=lambda name: row[name]["median"])
         times = row[best]["median"] / row["ours"]["median"]
         print(f"  {times:.1f} × faster than {best}; goal {goal:g}")
         rows[f"{d}x{popsize}"] = {"microseconds": row, "best_peer": best, "times_faster": times, "goal": goal}
+    torch.set_num_threads(1)
     return {"generation": rows}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+from scipy.linalg.blas import daxpy, dnrm2
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
@@ -26,7 +27,7 @@ from hybridopt.population._covariance import (
     Full,
     Rate,
     constants,
-    path,
+    follow,
 )
 from hybridopt.population._large import fill_normal
 from hybridopt.population._margin import Margin
@@ -223,16 +224,15 @@ class Search(Strategy):
         self.medians.append(float(losses[order[self.popsize // 2]]))
         self.generation += 1
 
-        weights = k.weights[: k.mu]
-        z_w, y_w = weights @ z[: k.mu], weights @ y[: k.mu]  # eq. 41
-        self.p_sigma = path(self.p_sigma, k.c_sigma, k.gain_sigma, z_w)  # eq. 43
-        length = math.sqrt(float(self.p_sigma @ self.p_sigma))
+        z_w, y_w = k.better.dot(z[: k.mu]), k.better.dot(y[: k.mu])  # eq. 41
+        follow(self.p_sigma, k.c_sigma, k.gain_sigma, z_w)  # eq. 43
+        length = dnrm2(self.p_sigma)
         usual = k.chi * math.sqrt(1 - (1 - k.c_sigma) ** (2 * self.generation))
         h_sigma = length < (1.4 + 2 / (len(self.mean) + 1)) * usual
         self.shape.adapt(k, z, y, z_w, y_w, h_sigma)  # eq. 45-47
         growth = math.exp(k.c_sigma / k.d_sigma * (length / k.chi - 1))  # eq. 44
         if self.rate_mean is None:
-            self.mean = self.mean + self.sigma * self._stretched(y_w)  # eq. 42
+            daxpy(self._stretched(y_w), self.mean, len(y_w), self.sigma)  # eq. 42
             self.sigma *= growth
             self.shape.refresh(k)
         else:
