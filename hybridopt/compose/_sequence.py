@@ -59,6 +59,17 @@ class Sequence(Method):
         """
         return best
 
+    def accept(self, here: Incumbent, ended: Incumbent, best: Incumbent, seed: int) -> Incumbent:
+        """The point from which the next stage goes on; the best one so far, unless a subclass chooses otherwise.
+
+        Args:
+            here: what this returned for the stage before; before the second stage, no point and a loss of inf.
+            ended: the best point of the stage that has just ended.
+            best: of all stages.
+            seed: the next stage's.
+        """
+        return best
+
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
         """See `Method.start`."""
         return SequenceRun(self, vector, seed, warm)
@@ -77,6 +88,7 @@ class SequenceRun:
         self._best_loss = math.inf if warm is None else warm.loss
         self._best_x: FloatArray | None = None if warm is None else warm.x
         self._best_violation = 0.0 if math.isfinite(self._best_loss) else math.inf
+        self._here = Incumbent(math.inf, None)
         self._origin = vector.encode(vector.read()) if warm is None or warm.x is None else warm.x
         self._idle = 0  # stages in a row that evaluated nothing
         self._ended = False
@@ -163,13 +175,14 @@ class SequenceRun:
             self._ended = True
             loss = self._scope.last_loss if step is None else step.loss
             return Step(loss, self._child.name if step is None else step.method, reason, message)
-        known = (
-            math.inf if self._best_violation > 0 else self._best_loss
-        )  # no loss to beat where a constraint is broken
-        handed = self._child.hand_over()._replace(x=self._best_x, loss=known)
+        index = self._index + 1
+        # no loss to beat where a constraint is broken
+        known = math.inf if self._best_violation > 0 else self._best_loss
+        best = Incumbent(known, self._best_x)
+        self._here = self.method.accept(self._here, self._ended_at(), best, self._seed(index))
+        handed = self._child.hand_over()._replace(x=self._here.x, loss=self._here.loss)
         handed = handed.only(following.received)
         self._child.close()
-        index = self._index + 1
         self._begin(index, self.method.begin(index, handed, self._origin, self.vector, self._seed(index)))
         return None if step is None else step._replace(reason=None, message="")
 
@@ -186,6 +199,16 @@ class SequenceRun:
         if self._best_x is None or self._follows(own):
             self._best_loss = own.loss
             self._best_x = self._flat(own.x)
+
+    def _ended_at(self) -> Incumbent:
+        """The present stage's best point; where no best is kept, its own."""
+        scope = self._scope
+        point: Point | None = scope.best_point
+        if point is None:
+            own = self._child.incumbent
+            return Incumbent(own.loss, self._flat(own.x))
+        known = math.inf if scope.best_violation > 0 else scope.best_loss
+        return Incumbent(known, self.vector.encode(point.flat(self.vector)))
 
     def _follows(self, own: Incumbent) -> bool:
         """Whether a stage's own point is to be gone on from although no best point is kept (the loss is noisy).
@@ -292,6 +315,7 @@ class SequenceRun:
             "idle": self._idle,
             "best": Point(self._best_x, None, []).state_dict()
             | {"loss": self._best_loss, "violation": self._best_violation},
+            "here": Point(self._here.x, None, []).state_dict() | {"loss": self._here.loss},
             "origin": torch.tensor(self._origin),
             "scope": save_scope(self._scope),
             "received": self._received,
@@ -313,6 +337,7 @@ class SequenceRun:
         self._idle = state["idle"]
         self._best_loss, self._best_violation = state["best"]["loss"], state["best"]["violation"]
         self._best_x = Point.from_state(state["best"]).x
+        self._here = Incumbent(state["here"]["loss"], Point.from_state(state["here"]).x)
         self._origin = state["origin"].numpy().copy()
         load_scope(self._scope, state["scope"])
         self._received = state["received"]

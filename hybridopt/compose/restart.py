@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,8 +14,9 @@ import numpy as np
 from hybridopt.compose._sequence import Sequence
 from hybridopt.compose.stage import Stage, gather
 from hybridopt.errors import MethodError
-from hybridopt.optimizer import FloatArray, HandOver, Method
-from hybridopt.options import Index, Positive, check_options
+from hybridopt.optimizer import FloatArray, HandOver, Incumbent, Method
+from hybridopt.options import Index, NonNegative, Positive, check_options
+from hybridopt.randomness import derive_seed
 from hybridopt.start import Start
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
@@ -33,6 +35,10 @@ class Restart(Sequence):
             without bounds: normal about the first start). `"best"`: at the best point. `"start"`: where the first
             one began, with another seed.
         sigma: in solver coordinates; None (default) = 0.3 × the range of a bounded weight, 0.5 of others.
+        temperature: which point `"perturb"` perturbs. 0 (default): the best so far. Above 0, in the unit of the loss:
+            the one last accepted; what a run found is accepted if it is no higher than the one accepted before, else
+            with probability exp(-rise / temperature) (basin hopping, Wales & Doye 1997). For a best minimum behind a
+            barrier of others; about the difference in loss between neighbouring minima.
         grow: name of an option of the method, a number, that is multiplied by `factor` at each restart
             (`grow=popsize` for CMA-ES is IPOP, Auger & Hansen 2005), nine times at most; None (default) = none.
         factor: see `grow`; default 2. Whole numbers stay whole.
@@ -54,6 +60,7 @@ class Restart(Sequence):
     method: Method
     begin_at: Literal["perturb", "uniform", "best", "start"] = "perturb"
     sigma: Positive | None = None
+    temperature: NonNegative = 0.0
     grow: str | None = None
     factor: Positive = 2.0
     restarts: Index | None = None
@@ -62,6 +69,11 @@ class Restart(Sequence):
         if not isinstance(self.method, Method):
             raise MethodError(f"restart: expected a method, got {self.method!r}")
         check_options(self)
+        if self.temperature > 0 and self.begin_at != "perturb":
+            raise MethodError(
+                "restart: expected begin_at=perturb with a temperature, which chooses the point that is perturbed, got "
+                f"begin_at={self.begin_at}"
+            )
         for index in (1, GROWTHS):  # an option that cannot grow, or not so far, is refused here
             self.stage(index)
         gather(self, (self.method,))
@@ -106,6 +118,14 @@ class Restart(Sequence):
         from hybridopt.text import method as changed
 
         return changed(method, **{option: round(grown) if isinstance(value, int) else grown})
+
+    def accept(self, here: Incumbent, ended: Incumbent, best: Incumbent, seed: int) -> Incumbent:
+        """See `Sequence.accept`."""
+        if self.temperature == 0 or not math.isfinite(here.loss):
+            return best
+        rise = ended.loss - here.loss  # inf where the run found no point that counts
+        rng = np.random.default_rng(derive_seed(seed, "accept"))
+        return ended if rise <= 0 or rng.random() < math.exp(-rise / self.temperature) else here
 
     def begin(
         self, index: int, best: HandOver, origin: FloatArray, vector: ParameterVector, seed: int

@@ -13,6 +13,7 @@ from torch import Tensor
 import hybridopt
 from hybridopt import Cycle, Reason, Restart, method
 from hybridopt.errors import MethodError
+from hybridopt.optimizer import Incumbent
 from hybridopt.randomness import derive_seed
 from hybridopt.testing import OptimizerContract
 from tests.driving import BOX, Recorded, rosenbrock, start, whole
@@ -34,6 +35,11 @@ class TestRestartUniform(OptimizerContract):
     )
     random = True
     bounds = BOX
+
+
+class TestRestartTemperature(OptimizerContract):
+    method = hybridopt.method("restart(slsqp(evaluations=15), sigma=0.2, temperature=50)")
+    random = True
 
 
 def run(text: Any, budget: Any = 300, **options: Any) -> tuple[Any, Recorded]:
@@ -115,6 +121,52 @@ def test_perturbed_starts() -> None:
     assert np.array_equal(found, again)
 
 
+def test_at_no_temperature_nothing_higher_is_accepted() -> None:
+    """A temperature at which exp(-rise / temperature) is 0 for any rise walks the path of temperature 0."""
+    cold = whole(method("restart(slsqp(evaluations=9), sigma=0.2, temperature=1e-300)"), 300)
+    assert cold == whole(method("restart(slsqp(evaluations=9), sigma=0.2)"), 300)
+    assert cold != whole(method("restart(slsqp(evaluations=9), sigma=0.2, temperature=50)"), 300)
+
+
+def test_when_hot_the_same_steps_are_taken_from_the_last_point() -> None:
+    """At temperature 0 from the best one: the draws are the same."""
+    cold, loss = begins("restart(torch.sgd(lr=0.0, steps=4), sigma=0.1)", bounds=None)
+    hot, _ = begins("restart(torch.sgd(lr=0.0, steps=4), sigma=0.1, temperature=1e300)", bounds=None)
+    losses = [float.fromhex(e.loss) for e in loss.path[::4]]
+    best = np.array([cold[int(np.argmin(losses[:i]))] for i in range(1, len(cold))])
+    assert np.diff(hot, axis=0) == pytest.approx(cold[1:] - best, abs=1e-12)
+    assert not np.array_equal(best, cold[:-1])
+
+
+def test_a_rise_is_accepted_as_often_as_its_exponential_says() -> None:
+    rule = Restart(method("slsqp"), temperature=2.0)
+    low, high = Incumbent(1.0, np.zeros(1)), Incumbent(1.0 + 2 * np.log(4), np.ones(1))
+    climbed = sum(rule.accept(low, high, low, seed) is high for seed in range(4000))
+    assert abs(climbed / 4000 - 1 / 4) < 4 * np.sqrt(3 / 16 / 4000)  # four standard errors
+    assert all(rule.accept(high, low, low, seed) is low for seed in range(20))
+    lost = Incumbent(np.inf, np.ones(1))
+    assert all(rule.accept(low, lost, low, seed) is low for seed in range(20))
+
+
+def test_a_temperature_crosses_a_barrier_of_minima() -> None:
+    """Minima near 0, 1, ..., 4, of heights 0, 0.7, 1.4, 0.5, -3.8 above the first; sigma reaches the next one."""
+
+    def loss(x: Tensor) -> Tensor:
+        return (0.3 * x**2 * (3.2 - x) - 3 * torch.cos(2 * torch.pi * x)).sum()
+
+    found = {}
+    for temperature in (0, 1):
+        text = f"restart(torch.sgd(lr=0.005, steps=12), sigma=0.7, temperature={temperature})"
+        ends = [
+            hybridopt.minimize(
+                loss, torch.zeros(1, dtype=torch.float64), text, budget=3000, seed=seed, bounds=(-2, 4.2)
+            )
+            for seed in range(3)
+        ]
+        found[temperature] = [round(end.x.item()) for end in ends]
+    assert found == {0: [0, 0, 0], 1: [4, 4, 4]}
+
+
 def test_starts_from_the_box() -> None:
     found, _ = begins("restart(torch.sgd(lr=0.0, steps=4), begin_at=uniform)", bounds=(-2.0, 2.0))
     assert (np.abs(found) <= 2).all()
@@ -158,6 +210,8 @@ def test_growing_options() -> None:
     [
         ("restart(slsqp, grow=popsize)", "expected grow to name an option of scipy.slsqp that is a number"),
         ("restart(cmaes, grow=popsize)", r"'popsize' is None; give it one, e\.g\. cmaes\(popsize=10\)"),
+        ("restart(slsqp, temperature=-1)", "expected temperature >= 0, got -1"),
+        ("restart(slsqp, begin_at=best, temperature=1)", "expected begin_at=perturb with a temperature"),
         (
             "restart(slsqp > adam, grow=lr)",
             r"expected a single method, .* e\.g\. restart\(scipy\.slsqp, grow=lr\)",
