@@ -51,7 +51,8 @@ def lennard_jones(seed: int = 42, *, atoms: int = 13) -> Problem:
 def _energy(x: Tensor, *, pairs: Tensor) -> Tensor:
     """Of coordinates x, shape (..., 3·atoms); pairs: the indices of both atoms, shape (2, m)."""
     places = torch.unflatten(x, -1, (-1, 3))
-    square = ((places[..., pairs[0], :] - places[..., pairs[1], :]) ** 2).sum(-1)  # r², shape (..., m)
+    between = places.index_select(-2, pairs[0]) - places.index_select(-2, pairs[1])
+    square = between.square().sum(-1)  # r², shape (..., m)
     attraction = square**-3
     energy: Tensor = 4 * (attraction * (attraction - 1)).sum(-1)
     return energy
