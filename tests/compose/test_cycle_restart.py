@@ -138,6 +138,24 @@ def test_when_hot_the_same_steps_are_taken_from_the_last_point() -> None:
     assert not np.array_equal(best, cold[:-1])
 
 
+def test_the_accepted_point_is_saved() -> None:
+    walk = method("restart(torch.sgd(lr=0.0, steps=2), sigma=0.3, temperature=1e300)")
+    path = whole(walk, 20)
+    for cut in (3, 8, 13):
+        first, loss = start(walk, 20)
+        with first:
+            for _ in range(cut):
+                first.step()
+            state = first.state_dict()
+        second, _ = start(walk, 20, loss=loss)
+        del loss.path[cut:]
+        second.load_state_dict(state)
+        with second:
+            for _ in second:
+                pass
+        assert loss.path == path
+
+
 def test_a_rise_is_accepted_as_often_as_its_exponential_says() -> None:
     rule = Restart(method("slsqp"), temperature=2.0)
     low, high = Incumbent(1.0, np.zeros(1)), Incumbent(1.0 + 2 * np.log(4), np.ones(1))
