@@ -89,7 +89,13 @@ class Accounts:
             listener.evaluated(self.ledger, ledgers[1:], value, probe)
 
     def book_many(
-        self, ledgers: Sequence[Ledger], values: FloatArray, lowest: int, backward: int, probe: bool
+        self,
+        ledgers: Sequence[Ledger],
+        values: FloatArray,
+        lowest: int,
+        highest: float,
+        backward: int,
+        probe: bool,
     ) -> None:
         """Count evaluations of finite losses, each of a forward and so many backwards, that no listener hears of.
 
@@ -97,6 +103,7 @@ class Accounts:
 
         Args:
             lowest: index of the first lowest value, whose point is the one being answered.
+            highest: the highest value.
         """
         rest = len(values) - 1
         self.pay(ledgers, len(values), len(values) * backward)
@@ -104,7 +111,7 @@ class Accounts:
             ledger.evaluations += lowest
             ledger.book(float(values[lowest]), probe, self.source)
             ledger.evaluations += rest - lowest
-            ledger.worst_loss = max(ledger.worst_loss, float(values.max()))
+            ledger.worst_loss = max(ledger.worst_loss, highest)
             if not probe:
                 ledger.last_loss = float(values[-1])
 

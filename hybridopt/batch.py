@@ -145,7 +145,7 @@ class Batch:
         evaluation.aux = None
         gradients, losses = told if self._gradients else (None, told)
         slopes = self._flat(gradients, x)
-        values: FloatArray = losses[:rows].detach().to("cpu", torch.float64).numpy()
+        values: FloatArray = losses.detach().to("cpu", torch.float64).numpy()[:rows]
         return values, None if slopes is None else slopes[:rows]
 
     def _flat(self, gradients: Sequence[Tensor] | None, x: FloatArray) -> FloatArray | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -153,17 +152,9 @@ class Evaluation:
             return Point(None, into.tensors, buffers)
         return Point(None, self.vector.snapshot(), buffers)
 
-    @contextlib.contextmanager
-    def undone_on_error(self) -> Iterator[None]:
+    def undone_on_error(self) -> _Undone:
         """An evaluation that raises has not happened: the same question draws the same numbers again."""
-        point = self.randomness.savepoint()
-        try:
-            yield
-        except BaseException:
-            self.randomness.rollback(point)
-            self.guard.settle_buffers(False)
-            self.kept = None
-            raise
+        return _Undone(self)
 
     # -- forward and backward -----------------------------------------------------------------------------------
 
@@ -291,6 +282,24 @@ class Evaluation:
                 "or computed under no_grad); give a surrogate=, or use a method that needs no gradients"
             )
         return grads
+
+
+class _Undone:
+    """What `undone_on_error` does; a class, since a generator as context costs more than both of its ends do."""
+
+    __slots__ = ("_evaluation", "_point")
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+
+    def __enter__(self) -> None:
+        self._point = self._evaluation.randomness.savepoint()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._evaluation.randomness.rollback(self._point)
+            self._evaluation.guard.settle_buffers(False)
+            self._evaluation.kept = None
 
 
 def _graph(result: Any) -> Tensor | None:

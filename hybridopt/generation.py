@@ -83,7 +83,7 @@ class Generations:
         batch = self.gradient_batch if slopes else self.batch
         batch.wanted |= rows >= FEW
         while (done := len(begun.losses)) < rows:
-            pair = self._pair(begun.losses)
+            pair = self._pair(begun.losses) if batch.way == "open" else None
             if rows < FEW or batch.way == "loop" or (batch.way == "open" and pair is None):
                 self._one(begun, done, request.probe, ledgers)
             elif batch.way == "open":
@@ -94,17 +94,16 @@ class Generations:
                 begun = self._begun = begun._replace(first=done)
         self._begun = None
         losses = np.array(begun.losses)
-        finite = np.isfinite(losses)
-        if rows and not finite.any():
+        lowest, highest = _extremes(losses) if rows else (math.inf, -math.inf)
+        if rows and lowest == math.inf:
             for ledger in ledgers:
                 ledger.nonfinite_in_a_row += 1
             alone = not any(ledger.rivals for ledger in ledgers)
             if slopes and alone and self._accounts.ledger.evaluations == rows:
                 self._accounts.reject(math.nan, start=True)
         gradients = None if begun.gradients is None else np.array(begun.gradients).reshape(request.x.shape)
-        lowest = float(losses.min()) if rows else math.inf
         keeps_best = self._evaluation.keeps_best
-        return Answer(lowest, losses, gradients, bool(finite.all()), keeps_best=keeps_best)
+        return Answer(lowest, losses, gradients, highest < math.inf, keeps_best=keeps_best)
 
     @staticmethod
     def _pair(losses: Sequence[float]) -> list[int] | None:
@@ -195,14 +194,12 @@ class Generations:
         ledgers: Sequence[Ledger],
     ) -> None:
         """Book the members of a batch. Under `nonfinite="raise"` all are booked, then the first bad one raises."""
-        if (
-            not self._accounts.listeners
-            and np.isfinite(values).all()
-            and (slopes is None or np.isfinite(slopes).all())
-        ):
-            lowest = int(np.argmin(values))
-            self._evaluation.imagine(x[lowest])
-            self._accounts.book_many(ledgers, values, lowest, int(slopes is not None), probe)
+        lowest, highest = _extremes(values)
+        finite = math.isfinite(lowest) and math.isfinite(highest)
+        if finite and not self._accounts.listeners and (slopes is None or np.isfinite(slopes).all()):
+            at = int(values.argmin())
+            self._evaluation.imagine(x[at])
+            self._accounts.book_many(ledgers, values, at, highest, int(slopes is not None), probe)
             begun.losses.extend(values.tolist())
             if slopes is not None and begun.gradients is not None:
                 begun.gradients.extend(slopes)
@@ -276,3 +273,11 @@ class Generations:
             self._begun = _Begun(x.numpy().copy(), losses.tolist(), slopes, first)
         self.batch.load_state_dict(state["batch"])
         self.gradient_batch.load_state_dict(state["gradient_batch"])
+
+
+def _extremes(losses: FloatArray) -> tuple[float, float]:
+    """The lowest and the highest of some losses; nan where there is one.
+
+    In a generation of a small model this replaces three reductions, each of which takes longer than both searches.
+    """
+    return float(losses[losses.argmin()]), float(losses[losses.argmax()])

@@ -53,8 +53,9 @@ def program(loss: Loss, vector: ParameterVector, gradients: bool, noise: Noise) 
 def compiled(at_rows: Program, on_gpu: bool) -> Program:
     """The same, compiled by `torch.compile` at its first call, for the number of rows that it has there.
 
-    Random numbers are those of eager mode (`fallback_random`), so that a batch draws what a loop draws. On a GPU the
-    program is replayed as a CUDA graph.
+    Random numbers are those of eager mode (`fallback_random`), so that a batch draws what a loop draws. Shapes stay
+    constants (`dynamic=False`), also those of data that change: else the bits would depend on the sizes seen before.
+    On a GPU the program is replayed as a CUDA graph.
     """
 
     def forward(flat: Tensor) -> Any:
@@ -62,7 +63,13 @@ def compiled(at_rows: Program, on_gpu: bool) -> Program:
 
     # torch keeps at most 8 programs for one code object: each batch gets a code object of its own
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", closure=forward.__closure__)
-    options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": on_gpu}
+    from hybridopt.products import ShortProducts  # loads the compiler: 3 s
+
+    options: dict[str, Any] = {
+        "fallback_random": True,
+        "triton.cudagraphs": on_gpu,
+        "post_grad_custom_pre_pass": ShortProducts(),
+    }
     program: Program = torch.compile(own, fullgraph=True, dynamic=False, options=options)
     return program
 

@@ -16,12 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hybridopt import batch as batching
 from hybridopt.errors import BoundsError, MissingGradient, NonFiniteLoss, ObjectiveError, StateError, Stop
 from hybridopt.ledger import Budget, Ledger, Reason
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Kind, Request
+from hybridopt.products import SHORT, SMALL, ShortProducts
 from hybridopt.vector import FloatArray, ParameterVector
 
 ROWS = 7
@@ -484,7 +486,9 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     real = torch.compile
 
     def compiled(function: Any, **options: Any) -> Any:
-        assert options.pop("options") == {"fallback_random": True, "triton.cudagraphs": False}
+        told = options.pop("options")
+        assert isinstance(told.pop("post_grad_custom_pre_pass"), ShortProducts)
+        assert told == {"fallback_random": True, "triton.cudagraphs": False}
         inner = real(function, backend="aot_eager", **options)
 
         def forward(flat: Tensor) -> Any:
@@ -566,6 +570,25 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.raises(ObjectiveError, match=r'batched for "compiled"; '),
     ):
         objective.answer(ask(np.ones((5, 2))))
+
+
+def test_short_products_become_sums_and_long_ones_stay() -> None:
+    shapes = [(3, SHORT, 2, True), (3, SHORT + 1, 2, False), (SMALL // SHORT, SHORT, 1, True),
+              (SMALL // SHORT + 1, SHORT, 1, False)]  # fmt: skip
+    for m, terms, n, small in shapes:
+        left, right = (5, m, terms), (5, terms, n)
+        torch.manual_seed(0)
+        a, b = torch.randn(left), torch.randn(right)
+        traced = make_fx(lambda a, b: torch.bmm(a.tanh(), b) + 1, tracing_mode="fake")(a, b)
+        ShortProducts()(traced.graph)
+        traced.graph.lint()
+        traced.recompile()
+        called = [node.target for node in traced.graph.nodes]
+        assert (torch.ops.aten.bmm.default in called) is not small
+        torch.testing.assert_close(traced(a, b), torch.bmm(a.tanh(), b) + 1)
+        shapes_said = [node.meta["val"].shape for node in traced.graph.nodes if "val" in node.meta]
+        assert len(shapes_said) == len(called) - 1, "the compiler asks every node but the output"
+        assert shapes_said[-1] == (5, m, n)
 
 
 @pytest.mark.slow

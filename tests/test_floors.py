@@ -43,6 +43,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/optimizer.py",
         "hybridopt/point.py",
         "hybridopt/points.py",
+        "hybridopt/products.py",
         "hybridopt/program.py",
         "hybridopt/registry.py",
         "hybridopt/residuals.py",
