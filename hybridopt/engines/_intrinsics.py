@@ -1,4 +1,4 @@
-"""What numba lacks: addresses as pointers, bits of numbers, calls of C functions, and a counter for threads.
+"""What numba lacks: addresses as pointers, fused multiply-add, and the bits of numbers.
 
 Imported only by generated modules, because numba loads slowly.
 """
@@ -92,40 +92,3 @@ def from_float16(typingctx: Any, bits: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def gradient_of(typingctx: Any, function: Any, tensor: Any) -> Any:
-    """Call `at::Tensor *function(c10::TensorImpl *)`, all given as addresses."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        address = ir.IntType(8).as_pointer()
-        called = builder.inttoptr(args[0], ir.FunctionType(address, [address]).as_pointer())
-        told = builder.call(called, [builder.inttoptr(args[1], address)])
-        return builder.ptrtoint(told, ir.IntType(64))
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def ask_tensor(typingctx: Any, function: Any, tensor: Any, out: Any) -> Any:
-    """Call `int32 function(tensor, out)`, all given as addresses: torch's C functions that tell about a tensor."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        address = ir.IntType(8).as_pointer()
-        signature = ir.FunctionType(ir.IntType(32), [address, address])
-        called = builder.inttoptr(args[0], signature.as_pointer())
-        return builder.call(called, [builder.inttoptr(a, address) for a in args[1:]])
-
-    return types.int32(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def claim(typingctx: Any, address: Any) -> Any:
-    """The int64 at an address, which no other thread is given: it is raised by one in the same moment."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.int64), codegen

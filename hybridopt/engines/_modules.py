@@ -106,9 +106,14 @@ def load(source: str, engine: str, compiler: str, *versions: str, kind: str = "r
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a compiler throws, other code can still do the step
         del sys.modules[spec.name]
-        first = str(error).strip().partition("\n")[0]
-        raise Untranslatable(f"{compiler} cannot compile it ({type(error).__name__}: {first})") from error
+        raise failed(compiler, error) from error
     return module
+
+
+def failed(compiler: str, error: Exception) -> Untranslatable:
+    """What is raised where a compiler failed."""
+    first = str(error).strip().partition("\n")[0]
+    return Untranslatable(f"{compiler} cannot compile it ({type(error).__name__}: {first})")
 
 
 def _written(folder: Path, name: str, source: str) -> Path:

@@ -12,75 +12,51 @@ _NUMBERS = {"float32": "np.float32", "float64": "np.float64"}
 
 
 def module_source(rule: Rule, variant: Variant) -> str:
-    """The generated module: `run(block)`, `block` being the address of nine int64.
+    """The generated module: `run(row, gradient, start, count, numbers, out)`, all of them words.
 
-    They are: the next piece; how many pieces; the address of the pieces (tensor, start, count); what to do (0 all,
-    1 only the coefficients, 2 only pieces, until none is left: any number of threads may do so with the same block);
-    how many tensors; the addresses of the table, of the gradients' addresses, of the numbers (the rule's
-    hyperparameters, `Variant.extras`, and under `stochastic` the seed; float64), and of room for `width` float64 a
-    tensor. A row of the table: elements, addresses of the per-tensor numbers, of the
-    weight, of the states, under `kahan` of `kahan_comp`, and under `stochastic` the tensor's number.
+    With count = -1 it writes a tensor's coefficients to `out` (`width` float64) from the `numbers` (the rule's
+    hyperparameters, `Variant.extras`, and under `stochastic` the seed; float64); else it steps `count` elements from
+    `start` on, by the coefficients there. `gradient` is an address. A row of the table: elements, addresses of the
+    per-tensor numbers, of the weight, of the states, under `kahan` of `kahan_comp`, and under `stochastic` the tensor's
+    number.
     """
     return "\n".join(
-        [*_helpers(variant), *_rule(rule, variant), *_inner(rule, variant), *_driver(rule, variant)]
+        [*_helpers(variant), *_rule(rule, variant), *_inner(rule, variant), *_entry(rule, variant)]
     )
 
 
-def squares_source(dtype: str) -> str:
-    """A module that sums squares: `run(block)`, `block` being the address of five int64.
+def joins(rule: Rule, variant: Variant) -> list[int]:
+    """What tells whether tensors can be stepped as one; see `STEPS` in `_driver.py`."""
+    if variant.stochastic:  # noise depends on the tensor
+        return [-1]
+    first, dtypes = _columns(rule, variant)
+    sizes = [number for i, dtype in enumerate(dtypes, first) for number in (i, SIZES[dtype])]
+    return [len(dtypes), SIZES[variant.gradient], *sizes]
 
-    They are: the next piece; how many pieces; the addresses of the pieces (tensor, start, count), of the gradients'
-    addresses, and of as many float64 as pieces for the results. Eight running sums, so that the processor need not wait
-    for each addition.
+
+def squares_source(dtype: str) -> str:
+    """A module that sums squares: `run(gradient, count, out)`, all of them words.
+
+    Eight running sums, so that the processor need not wait for each addition.
     """
     load = f"_from_{dtype}(g[i + {{j}}])" if dtype in ("bfloat16", "float16") else "g[i + {j}]"
     sums = [f"            a{j} += np.float64({load.format(j=j)}) ** 2" for j in range(8)]
     return "\n".join(
         [
             *_imports(),
-            "@njit(**INNER)",
-            "def _sum(g):",
+            "@njit('void(int64, int64, int64)', cache=True, **ENTRY)",
+            "def run(address, count, out):",
+            f"    g = carray(pointer_{_POINTERS[dtype]}(address), (count,))",
             f"    {', '.join(f'a{j}' for j in range(8))} = {', '.join(['0.0'] * 8)}",
-            "    n = g.shape[0] // 8 * 8",
+            "    n = count // 8 * 8",
             "    for i in range(0, n, 8):",
             *(line[4:] for line in sums),
-            "    for i in range(n, g.shape[0]):",
+            "    for i in range(n, count):",
             f"        a0 += np.float64({load.format(j=0)}) ** 2",
-            "    return ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))",
-            "@njit('void(int64)', cache=True, **OPTIONS)",
-            "def run(block_address):",
-            "    block = carray(pointer_i64(block_address), (5,))",
-            "    n = block[1]",
-            "    pieces = carray(pointer_i64(block[2]), (n, 3))",
-            "    gradients = carray(pointer_i64(block[3]), (n,))",
-            "    out = carray(pointer_f64(block[4]), (n,))",
-            "    k = claim(block_address)",
-            "    while k < n:",
-            f"        address = gradients[pieces[k, 0]] + pieces[k, 1] * {SIZES[dtype]}",
-            f"        out[k] = _sum(carray(pointer_{_POINTERS[dtype]}(address), (pieces[k, 2],)))",
-            "        k = claim(block_address)",
+            "    carray(pointer_f64(out), (1,))[0] = ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))",
             "",
         ]
     )
-
-
-def watch_source() -> str:
-    """A module that compares what is there with what is known of it: `look(tensors, gradients)`, `same(block)`.
-
-    `look` takes the addresses of two blocks of 22 int64: how many tensors; the addresses of a Python list of them, of
-    their data's addresses, and of their layouts (how many dimensions, sizes, strides; -1 = any will do); room for an
-    answer; torch's functions that tell a tensor's data, dimensions, sizes, strides, and dtype, layout, kind and number
-    of the device; what the last four should say; the two types that an object may have; and of gradients the address of
-    torch's function that finds one (0: the tensors themselves are meant), the place and the value of its dispatch keys.
-    Returns -1 if anything differs, but for gradients with other data, which are put down and counted.
-
-    `same` takes the address of a block of int64: how many lists; of each its address, its length and its items; how
-    many dicts; of each its address and its version. Returns 1 if all are so.
-
-    A list's items stand 24 bytes behind its address, an object's type 8, the size of a list 16, its `at::Tensor` 16, a
-    dict's version 24 (CPython; the caller makes sure).
-    """
-    return "\n".join([*_imports(), _WATCH])
 
 
 def _imports() -> list[str]:
@@ -91,10 +67,9 @@ def _imports() -> list[str]:
         "from numba import carray, njit",
         "from hybridopt.engines._intrinsics import bfloat16_bits, fma as _fma, float16_bits, float32_bits",
         "from hybridopt.engines._intrinsics import from_bfloat16 as _from_bfloat16, from_float16 as _from_float16",
-        "from hybridopt.engines._intrinsics import ask_tensor, claim, gradient_of",
         "from hybridopt.engines._intrinsics import pointer_f32, pointer_f64, pointer_i64, pointer_u16",
-        "OPTIONS = dict(nogil=True, error_model='numpy')",
-        "INNER = dict(OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # wrappers would cost 0.2 s",
+        "ENTRY = dict(nogil=True, error_model='numpy', no_cpython_wrapper=True)",
+        "INNER = dict(ENTRY, no_cfunc_wrapper=True)  # wrappers would cost 0.2 s",
     ]
 
 
@@ -196,14 +171,23 @@ def _kept(expression: str, dtype: str, column: int, variant: Variant) -> str:
     return _nearest(expression, dtype, variant)
 
 
-def _driver(rule: Rule, variant: Variant) -> list[str]:
-    """From the block of addresses to the loops."""
-    active = rule.active(dict(variant.flags))
-    counts, extra, n = int(rule.counts or variant.stochastic), len(rule.scalar_state), len(rule.coefficients)
-    first = 1 + counts + extra  # column of the weight
-    arrays = ["p", *(f"s{i}" for i in range(len(active))), *(["k"] if variant.kahan else [])]
+def _columns(rule: Rule, variant: Variant) -> tuple[int, list[str]]:
+    """Of the addresses in a row of the table: the first one's place, and their dtypes."""
     dtypes = [variant.weight, *variant.states, *([variant.weight] if variant.kahan else [])]
-    columns = first + len(arrays) + int(variant.stochastic)
+    return 1 + int(rule.counts or variant.stochastic) + len(rule.scalar_state), dtypes
+
+
+def columns(rule: Rule, variant: Variant) -> int:
+    """Words in a row of the table."""
+    first, dtypes = _columns(rule, variant)
+    return first + len(dtypes) + int(variant.stochastic)
+
+
+def _entry(rule: Rule, variant: Variant) -> list[str]:
+    """From addresses to the coefficients and to the loop."""
+    counts, extra, n = int(rule.counts or variant.stochastic), len(rule.scalar_state), len(rule.coefficients)
+    first, dtypes = _columns(rule, variant)
+    arrays = ["p", *(f"s{i}" for i in range(len(variant.states))), *(["k"] if variant.kahan else [])]
     hypers, extras = len(rule.hyper), variant.extras
     scalar, number = _POINTERS[variant.scalar], _POINTERS[variant.number]
     lines = ["@njit(**INNER)", "def _begin(row, hyper, out):"]
@@ -221,15 +205,21 @@ def _driver(rule: Rule, variant: Variant) -> list[str]:
     lines += [f"    out[{i}] = c{i}" for i in range(n)]
     lines += [f"    out[{n + i}] = hyper[{hypers + i}]" for i in range(len(extras))]
     if variant.stochastic:
-        stream = f"_stream(hyper[{hypers + len(extras)}], step, row[{columns - 1}])"
+        stream = f"_stream(hyper[{hypers + len(extras)}], step, row[{columns(rule, variant) - 1}])"
         lines.append(f"    out[{n + len(extras)}] = {stream}")
     lines += [f"    x{i}[0] = e{i}" for i in range(extra)]
     number = _NUMBERS[variant.compute]
     passed = [*arrays[:1], "g", *arrays[1:], *(f"{number}(c[{i}])" for i in range(n + len(extras)))]
     passed += ["start", f"np.uint32(c[{n + len(extras)}])"] if variant.stochastic else []
+    numbers = max(hypers + len(extras) + int(variant.stochastic), 1)
     lines += [
-        "@njit(**INNER)",
-        "def _apply(row, gradient, start, count, c):",
+        "@njit('void(int64, int64, int64, int64, int64, int64)', cache=True, **ENTRY)",
+        "def run(at, gradient, start, count, numbers, out):",
+        f"    row = carray(pointer_i64(at), ({columns(rule, variant)},))",
+        f"    c = carray(pointer_f64(out), ({width(rule, variant)},))",
+        "    if count < 0:",
+        f"        _begin(row, carray(pointer_f64(numbers), ({numbers},)), c)",
+        "        return",
         f"    at = gradient + start * {SIZES[variant.gradient]}",
         f"    g = carray(pointer_{_POINTERS[variant.gradient]}(at), (count,))",
         *(
@@ -237,131 +227,10 @@ def _driver(rule: Rule, variant: Variant) -> list[str]:
             for i, (name, dtype) in enumerate(zip(arrays, dtypes, strict=True))
         ),
         f"    _inner({', '.join(passed)})",
-        *_follows(
-            variant, [(first + i, SIZES[dtype]) for i, dtype in enumerate(dtypes)], width(rule, variant)
-        ),
-        "@njit(**INNER)",
-        "def _tables(block_address):",
-        "    block = carray(pointer_i64(block_address), (9,))",
-        "    n = block[4]",
-        f"    table = carray(pointer_i64(block[5]), (n, {columns}))",
-        "    gradients = carray(pointer_i64(block[6]), (n,))",
-        f"    hyper = carray(pointer_f64(block[7]), ({max(hypers + len(extras) + int(variant.stochastic), 1)},))",
-        f"    c = carray(pointer_f64(block[8]), (n, {width(rule, variant)}))",
-        "    return n, table, gradients, hyper, c",
-        _RUN,
+        "",
     ]
     return lines
 
-
-def _follows(variant: Variant, columns: list[tuple[int, int]], numbers: int) -> list[str]:
-    """Whether a tensor begins in memory where another ends, in all that is stepped, with the same coefficients."""
-    conditions = [
-        f"h == g + count * {SIZES[variant.gradient]}",
-        *(f"b[{i}] == a[{i}] + count * {size}" for i, size in columns),
-        *(f"d[{i}] == c[{i}]" for i in range(numbers)),
-    ]
-    # noise depends on the tensor
-    told = "False" if variant.stochastic else " and ".join(conditions)
-    return ["@njit(**INNER)", "def _follows(a, b, g, h, c, d, count):", f"    return {told}"]
-
-
-# one entry: what numba takes long for is paid per entry
-_RUN = """@njit('void(int64)', cache=True, **OPTIONS)
-def run(block_address):
-    n, table, g, hyper, c = _tables(block_address)
-    block = carray(pointer_i64(block_address), (9,))
-    work = block[3]
-    if work != 2:
-        for t in range(n):
-            _begin(table[t], hyper, c[t])
-    if work == 0:
-        t = 0
-        while t < n:
-            count, last = table[t, 0], t + 1
-            while last < n and _follows(table[t], table[last], g[t], g[last], c[t], c[last], count):
-                count += table[last, 0]
-                last += 1
-            _apply(table[t], g[t], 0, count, c[t])
-            t = last
-    if work == 2:
-        pieces = carray(pointer_i64(block[2]), (block[1], 3))
-        k = claim(block_address)
-        while k < block[1]:
-            t = pieces[k, 0]
-            _apply(table[t], g[t], pieces[k, 1], pieces[k, 2], c[t])
-            k = claim(block_address)
-"""
-
-_WATCH = """
-@njit(**INNER)
-def _differ(address, known, first, count):
-    there = carray(pointer_i64(address), (count,))
-    for i in range(count):
-        if there[i] != known[first + i]:
-            return True
-    return False
-@njit(**INNER)
-def _at(address):
-    return carray(pointer_i64(address), (1,))[0]
-@njit(**INNER)
-def _look(block_address):
-    block = carray(pointer_i64(block_address), (22,))
-    n, answer = block[0], block_address + 32
-    objects = carray(pointer_i64(_at(block[1] + 24)), (n,))
-    data = carray(pointer_i64(block[2]), (n,))
-    layouts = carray(pointer_i64(block[3]), (1,))
-    at = moved = 0
-    for k in range(n):
-        kind = _at(objects[k] + 8)
-        if kind != block[17] and kind != block[18]:
-            return -1
-        tensor, dims = objects[k] + 16, layouts[at]
-        at += 1
-        if block[19] != 0:
-            tensor = gradient_of(block[19], _at(tensor))
-            if _at(_at(tensor) + block[20]) != block[21]:
-                return -1
-        if dims >= 0:
-            for i in range(4):
-                if ask_tensor(block[9 + i], tensor, answer) != 0 or (block[4] & 0xFFFFFFFF) != block[13 + i]:
-                    return -1
-            if ask_tensor(block[6], tensor, answer) != 0 or block[4] != dims:
-                return -1
-            for i in range(2):
-                if ask_tensor(block[7 + i], tensor, answer) != 0 or _differ(block[4], layouts, at, dims):
-                    return -1
-                at += dims
-        if ask_tensor(block[5], tensor, answer) != 0:
-            return -1
-        if block[4] != data[k]:
-            moved += 1
-            if block[19] != 0:
-                data[k] = block[4]
-    return moved
-@njit('int64(int64, int64)', cache=True, error_model='numpy', no_cfunc_wrapper=True)
-def look(tensors, gradients):
-    if _look(tensors) != 0:
-        return -1
-    return 0 if gradients == 0 else _look(gradients)
-@njit('int64(int64)', cache=True, error_model='numpy', no_cfunc_wrapper=True)
-def same(address):
-    lists, at = _at(address), address + 8
-    for k in range(lists):
-        there, count = _at(at), _at(at + 8)
-        if _at(there + 16) != count:
-            return 0
-        items = _at(there + 24)
-        for i in range(count):
-            if _at(items + 8 * i) != _at(at + 16 + 8 * i):
-                return 0
-        at += 16 + 8 * count
-    dicts = _at(at)
-    for k in range(dicts):
-        if _at(_at(at + 8 + 16 * k) + 24) != _at(at + 16 + 16 * k):
-            return 0
-    return 1
-"""
 
 _HELPERS = """
 _sqrt = math.sqrt

@@ -18,17 +18,32 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from hybridopt.engines._modules import Variants, load
-from hybridopt.engines._numba_source import module_source, squares_source, watch_source
+from hybridopt.engines._driver import STEPS, WATCH
+from hybridopt.engines._modules import Variants, failed, load
+from hybridopt.engines._numba_source import columns, joins, module_source, squares_source
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._variant import Variant, width
 from hybridopt.rules import Rule
 
-__all__ = ["Untranslatable", "available", "compiled", "pool", "squares", "together", "watch", "width"]
+if TYPE_CHECKING:
+    from hybridopt.engines._words import Words
+
+__all__ = [
+    "Untranslatable",
+    "available",
+    "columns",
+    "compiled",
+    "joins",
+    "native",
+    "pool",
+    "squares",
+    "together",
+    "width",
+]
 
 
 @functools.cache
@@ -49,27 +64,38 @@ def converts_float16() -> bool:
     return features.get("f16c", False) or triple.startswith(("aarch64", "arm64"))
 
 
-def compiled(rule: Rule, variant: Variant) -> ModuleType:
-    """The compiled variant of a rule: a module with `run`.
+def compiled(rule: Rule, variant: Variant) -> int:
+    """The address of a rule's compiled variant; see `module_source`.
 
     Raises:
         Untranslatable: the rule's source is not available, uses what cannot be compiled, or numba failed.
     """
-    return _variants(rule, variant)
+    return _entry(_variants(rule, variant))
 
 
 @functools.cache
-def squares(dtype: str) -> ModuleType:
-    """A module whose `run(block)` sums squares over pieces; see `squares_source`."""
+def squares(dtype: str) -> int:
+    """The address of a compiled sum of squares; see `squares_source`."""
     with _variants.making:
-        return _load(squares_source(dtype), "squares")
+        return _entry(_load(squares_source(dtype), "squares"))
 
 
 @functools.cache
-def watch() -> ModuleType:
-    """A module whose `look(block)` compares tensors with what is known of them; see `watch_source`."""
-    with _variants.making:
-        return _load(watch_source(), "watch")
+def native() -> Words:
+    """Compiled `run`, `squares`, `touch`, `look` and `same`; see `_driver.py`.
+
+    Raises:
+        Untranslatable: numba cannot be loaded, or failed.
+    """
+    try:
+        from hybridopt.engines._words import Words  # loads numba
+
+        # what looks at Python's objects must be alone
+        return Words(
+            STEPS + WATCH, {"run": True, "squares": True, "touch": False, "look": False, "same": False}
+        )
+    except Exception as error:  # whatever a compiler throws, other code can still do the step
+        raise failed("numba", error) from error
 
 
 def _compile(rule: Rule, variant: Variant) -> ModuleType:
@@ -88,23 +114,23 @@ def _load(source: str, kind: str = "rule") -> ModuleType:
     )
 
 
-def together(module: ModuleType, block: array[int], threads: int) -> None:
-    """Let several threads run a module on one block, from which they claim pieces until none is left.
+def together(name: str, block: array[int], threads: int) -> None:
+    """Let several threads run one of `native` on one block, from which they claim pieces until none is left.
 
     They are those of torch's own OpenMP where it has one that we know: its threads go on spinning for milliseconds
     after each of torch's operations, and others would have to wait for the processors. Else, and in a forked child,
     which has none of them, a pool of our own.
     """
     block[0] = 0
-    address = block.buffer_info()[0]
+    address, run = block.buffer_info()[0], native().methods[name]
     if threads < 2:
-        module.run(address)
+        run(address)
     elif (begin := _openmp()) is not None:
-        begin(_entry(module), address, threads, 0)
+        begin(native().address(name), address, threads, 0)
     else:
-        others = [pool(threads - 1).submit(module.run, address) for _ in range(threads - 1)]
+        others = [pool(threads - 1).submit(run, address) for _ in range(threads - 1)]
         try:
-            module.run(address)
+            run(address)
         finally:  # nobody may free this memory while a thread writes to it
             wait(others)
 
@@ -121,7 +147,6 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
     return cast("Callable[[int, int, int, int], None]", function)
 
 
-@functools.cache
 def _entry(module: ModuleType) -> int:
     """Address of a module's `run` as a C function."""
     (found,) = module.run.overloads.values()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hybridopt.engines import cpu
+from hybridopt.engines._variant import SIZES
 from hybridopt.optim._flat import gradients_together, padded
 from hybridopt.optim._plan import _NOTHING, Ineligible, Kind, Number, Plan, _increment_version, wrong_number
+from hybridopt.optim._watch import touching
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -30,22 +32,26 @@ class CpuPlan(Plan):
         super().__init__(optimizer, index, kind, members)
         width = cpu.width(optimizer.rule, self.variant)
         self.scratch = array("d", [0.0] * max(1, self.size * width))
+        self.joins = array("q", cpu.joins(optimizer.rule, self.variant))
         arrays = (self.table, self.gradients, self.hyper, self.scratch)
-        # next piece, pieces, their address, work; see `module_source`
+        # next piece, pieces, their address, work, ...; see `STEPS`
         self.block = array("q", [0, 0, 0, 0, self.size, *(a.buffer_info()[0] for a in arrays)])
-        self.block_address = self.block.buffer_info()[0]
+        self.block.extend([0, cpu.columns(optimizer.rule, self.variant), width, self.joins.buffer_info()[0]])
         # a weight that is listed twice, or shares memory with another, is stepped twice, one after the other
         alone = _apart(self.params)
         self.pieces = array("q")
         self.parallel = alone and sum(self.numels) >= PARALLEL_FROM
-        self.module: Any = None
+        self.touching = touching(self.params)
+        self.block.append(0 if self.touching is None else self.touching.buffer_info()[0])
         if self.size:
             try:
-                self.module = cpu.compiled(optimizer.rule, self.variant)
+                self.block[9] = cpu.compiled(optimizer.rule, self.variant)
                 if optimizer._guarded:
                     cpu.squares(self.variant.gradient)
             except cpu.Untranslatable as error:
                 raise Ineligible(str(error)) from error
+            self.step = cpu.native().methods["run"]
+        self.block_address = self.block.buffer_info()[0]
 
     def _cut(self) -> array[int]:
         """Pieces of (tensor, start, count), in the order of memory as far as the tensors are."""
@@ -70,16 +76,18 @@ class CpuPlan(Plan):
 
     def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
         """See `Plan.run`."""
-        if self.module is None:
+        if not self.size:
             return
         if extras:
             for i, name in enumerate(self.extras):
                 self.hyper[self.hypers + i] = float(extras[name])
         if self.parallel and (threads := torch.get_num_threads()) > 1:
-            self.module.run(self._block(1).buffer_info()[0])
-            cpu.together(self.module, self._block(2), threads)
+            self.step(self._block(1).buffer_info()[0])
+            cpu.together("run", self._block(2), threads)
         else:
-            self.module.run(self.block_address)
+            self.step(self.block_address)
+            if self.touching is not None:
+                return
         _increment_version(self.params)
 
     def _block(self, work: int) -> array[int]:
@@ -94,9 +102,11 @@ class CpuPlan(Plan):
         if not count:
             return 0.0
         out = array("d", [0.0] * count)
-        block = array("q", [0, count, *(a.buffer_info()[0] for a in (pieces, self.gradients, out))])
+        addresses = [a.buffer_info()[0] for a in (pieces, self.gradients, out)]
+        dtype = self.variant.gradient
+        block = array("q", [0, count, *addresses, cpu.squares(dtype), SIZES[dtype]])
         parallel = sum(self.numels) >= PARALLEL_FROM
-        cpu.together(cpu.squares(self.variant.gradient), block, torch.get_num_threads() if parallel else 1)
+        cpu.together("squares", block, torch.get_num_threads() if parallel else 1)
         return sum(out)
 
 

@@ -123,6 +123,23 @@ def same_as_numba(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
             torch.testing.assert_close(a, b.cpu(), rtol=2e-6, atol=1e-6)
 
 
+def test_numbers_of_a_tensor_are_rounded_as_torch_stores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAdam's product of momenta, to the bit, while it still changes quickly."""
+    products = []
+    for kind in (torch.optim.NAdam, hybridopt.optim.NAdam):
+        if DEVICE == "cpu":
+            monkeypatch.setitem(_plan.ENGINES, "cpu", "triton")
+        params = [Parameter(torch.ones(3, device=DEVICE))]
+        optimizer = kind(params, momentum_decay=0.3)
+        seen = []
+        for _ in range(12):
+            params[0].grad = torch.ones(3, device=DEVICE)
+            optimizer.step()
+            seen.append(float(optimizer.state[params[0]]["mu_product"]))
+        products.append(seen)
+    assert products[0] == products[1]
+
+
 @pytest.mark.parametrize("name", [*OWN, "AdamW", "SGD"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_same_as_the_cpu_engine(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:

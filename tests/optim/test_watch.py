@@ -233,3 +233,26 @@ def test_weight_listed_twice_is_stepped_by_one_thread() -> None:
     assert Counter(p.detach().flatten().tolist()) == {0.0: 360_000}
     assert optimizer._plans is not None
     assert not optimizer._plans[0].parallel  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_autograd_sees_that_weights_have_changed(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of weights given other memory since, and for a graph that was recorded before."""
+    if known and _watch._place_of_version() == (0, 0):
+        pytest.skip("where versions stand is not known")
+    if not known:
+        monkeypatch.setattr(_watch, "_place_of_version", lambda: (0, 0))
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(2, 2))]
+    optimizer = hybridopt.optim.SGD(params)
+    for _ in range(3):
+        give(params, 0)
+        optimizer.step()
+    assert optimizer._used == COMPILED
+    assert (optimizer._plans[0].touching is not None) == known  # type: ignore[index, attr-defined]
+    params[0].data = torch.zeros(3)
+    recorded = (params[0] ** 2).sum()
+    before = [p._version for p in params]
+    optimizer.step()
+    assert [p._version for p in params] == [version + 1 for version in before]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        recorded.backward()

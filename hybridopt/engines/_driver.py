@@ -1,0 +1,140 @@
+"""What surrounds the compiled rules on the CPU, in the language of `_words.py`."""
+
+STEPS = """
+def follows(joins, a, b, g, h, c, d, width, count):
+    if joins[0] < 0 or h != g + count * joins[1]:
+        return 0
+    for i in range(joins[0]):
+        column = joins[2 * i + 2]
+        if b[column] != a[column] + count * joins[2 * i + 3]:
+            return 0
+    for i in range(width):
+        if c[i] != d[i]:
+            return 0
+    return 1
+def touch(block):
+    n, objects, place, within = block[0], block[1][3], block[2], block[3]
+    for k in range(n):
+        claim((objects[k][2] + place)[0] + within)
+def run(block):
+    work, n, table, gradients, numbers, room = block[3], block[4], block[5], block[6], block[7], block[8]
+    step, row, width, joins = block[9], 8 * block[10], block[11], block[12]
+    if work != 2:
+        for t in range(n):
+            call(step, table + row * t, 0, 0, -1, numbers, room + 8 * width * t)
+    if work == 0:
+        t = 0
+        while t < n:
+            first, gradient, out = table + row * t, gradients[t], room + 8 * width * t
+            count, last = first[0], t + 1
+            while last < n and follows(
+                joins, first, table + row * last, gradient, gradients[last], out, room + 8 * width * last, width, count
+            ):
+                count += table[block[10] * last]
+                last += 1
+            call(step, first, gradient, 0, count, numbers, out)
+            t = last
+        if block[13] != 0:
+            touch(block[13])
+    if work == 2:
+        k = claim(block)
+        while k < block[1]:
+            piece = block[2] + 24 * k
+            t = piece[0]
+            call(step, table + row * t, gradients[t], piece[1], piece[2], numbers, room + 8 * width * t)
+            k = claim(block)
+def squares(block):
+    k = claim(block)
+    while k < block[1]:
+        piece = block[2] + 24 * k
+        call(block[5], block[3][piece[0]] + piece[1] * block[6], piece[2], block[4] + 8 * k)
+        k = claim(block)
+"""
+"""`run(block)` makes a step, `squares(block)` sums squares; any number of threads may do so with the same block.
+
+Its words for `run`: the next piece; how many pieces; the address of the pieces (tensor, start, count); what to do
+(0 all, 1 only the coefficients, 2 only pieces, until none is left); how many tensors; the addresses of the table, of
+the gradients' addresses, of the numbers and of room for the coefficients; the compiled rule (`_numba_source.py` says
+what the last five are made of); words in a row of the table; coefficients of a tensor; the address of what tells
+whether a tensor begins where another ends, and is then stepped together with it: how many columns of addresses (-1:
+never), the size of the gradient's elements, of each column its place and its elements' size; the address of a block
+for `touch`, which says that tensors have changed, or 0.
+
+For `touch`: how many tensors; the address of a Python list of them; where in a `c10::TensorImpl` the address of its
+version's counter stands, and where in that the number.
+
+For `squares`: the next piece; how many; their address; the gradients' addresses; room for as many float64; the
+compiled sum; the size of an element.
+"""
+
+WATCH = """
+def differ(there, known, count):
+    for i in range(count):
+        if there[i] != known[i]:
+            return 1
+    return 0
+def seen(block):
+    n, objects, data, layout, answer = block[0], block[1][3], block[2], block[3], block + 32
+    finder, moved = block[19], 0
+    for k in range(n):
+        kind = objects[k][1]
+        if kind != block[17] and kind != block[18]:
+            return -1
+        tensor, dims = objects[k] + 16, layout[0]
+        layout += 8
+        if finder != 0:
+            tensor = call(finder, tensor[0])
+            if (tensor[0] + block[20])[0] != block[21]:
+                return -1
+        if dims >= 0:
+            for i in range(4):
+                if call(block[9 + i], tensor, answer) & 0xFFFFFFFF != 0 or block[4] & 0xFFFFFFFF != block[13 + i]:
+                    return -1
+            if call(block[6], tensor, answer) & 0xFFFFFFFF != 0 or block[4] != dims:
+                return -1
+            for i in range(2):
+                if call(block[7 + i], tensor, answer) & 0xFFFFFFFF != 0 or differ(block[4], layout, dims):
+                    return -1
+                layout += 8 * dims
+        if call(block[5], tensor, answer) & 0xFFFFFFFF != 0:
+            return -1
+        if block[4] != data[k]:
+            moved += 1
+            if finder != 0:
+                data[k] = block[4]
+    return moved
+def look(block):
+    if seen(block) != 0:
+        return -1
+    if block[22] == 0:
+        return 0
+    return seen(block[22])
+def same(block):
+    lists = block[0]
+    at = block + 8
+    for k in range(lists):
+        count = at[1]
+        if at[0][2] != count or differ(at[0][3], at + 16, count):
+            return 0
+        at += 16 + 8 * count
+    dicts = at[0]
+    for k in range(dicts):
+        if at[2 * k + 1][3] != at[2 * k + 2]:
+            return 0
+    return 1
+"""
+"""`look(block)` compares what is there with what is known of it, `same(block)` lists and dicts.
+
+`look`: how many tensors; the addresses of a Python list of them, of their data's addresses, and of their layouts (how
+many dimensions, sizes, strides; -1 = any will do); room for an answer; torch's functions that tell a tensor's data,
+dimensions, sizes, strides, and dtype, layout, kind and number of the device; what the last four should say; the two
+types that an object may have; and of gradients the address of torch's function that finds one (0: the tensors
+themselves are meant), the place and the value of its dispatch keys; the address of such a block for the gradients, or
+0. Answers -1 if anything differs, but for gradients with other data, which are put down and counted.
+
+`same`: how many lists; of each its address, its length and its items; how many dicts; of each its address and its
+version. Answers 1 if all are so.
+
+A list's items stand 24 bytes behind its address, an object's type 8, the size of a list 16, its `at::Tensor` 16, a
+dict's version 24 (CPython; the caller makes sure).
+"""
