@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import hybridopt
 from hybridopt import registry
 from hybridopt.constraints import Constraint
-from hybridopt.errors import ClosedError, MissingGradient, NonFiniteLoss, Stop
+from hybridopt.errors import ClosedError, MethodError, MissingGradient, NonFiniteLoss, Stop
 from hybridopt.harness import Run
 from hybridopt.ledger import Budget, Ledger, Reason
 from hybridopt.objective import Objective
@@ -451,6 +451,46 @@ class OptimizerContract:
             assert rest.rows == rows.rows[done:], f"resumed after evaluation {done}, the path is another one"
             assert again.result().forward == spent, f"resumed after evaluation {done}, it cost another sum"
 
+    # -- whole numbers ------------------------------------------------------------------------------------------
+
+    def test_whole_numbers(self) -> None:
+        """A weight that stands for whole numbers only ever is one: budget, path and resume are as exact; or refused."""
+        last: Step | None = None
+        refused: MethodError | None = None
+        try:
+            run, rows = self._run(self.evaluations, integer="a")
+            saved = [(0, _save(run.state_dict()))]
+            with _quiet(), run:
+                while (step_ := run.step()) is not None:
+                    last = step_
+                    saved.append((len(rows.rows), _save(run.state_dict())))
+        except MethodError as error:
+            refused = error
+        if refused is not None:
+            assert "integer" in str(refused), f"refused without a word of integer weights: {refused}"
+            return
+        result, weights = run.result(), [np.frombuffer(row.x) for row in rows.rows]
+        assert result.evaluations == len(weights) <= self.evaluations, f"{len(weights)} evaluations"
+        ended = last is not None and last.reason is not None
+        assert ended or len(weights) == self.evaluations, (
+            f"stopped after {len(weights)} of {self.evaluations}"
+        )
+        for x in (*weights, result.x):
+            assert x[0] == round(x[0]), f"the weight stood at {x[0]}"
+            assert self._bounds() is None or abs(x[0]) <= 2, f"the weight stood at {x[0]}, outside its bounds"
+        assert result.best_loss == min(float.fromhex(row.loss) for row in rows.rows), (
+            "the best is another one"
+        )
+
+        again, same = self._run(self.evaluations, integer="a")
+        self._finish(again)
+        assert same.rows == rows.rows, "the same seed took another path"
+        for done, state in _some(saved)[::4]:
+            begun, rest = self._run(self.evaluations, _SEED + 1, model=Model([0.75, -0.25]), integer="a")
+            begun.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+            self._finish(begun)
+            assert rest.rows == rows.rows[done:], f"resumed after evaluation {done}, the path is another one"
+
     # -- losses that misbehave ----------------------------------------------------------------------------------
 
     def test_nan_half_of_the_time(self) -> None:
@@ -678,6 +718,7 @@ class OptimizerContract:
         loss: Loss | None = None,
         model: Model | None = None,
         constraints: Any = None,
+        integer: Any = None,
     ) -> tuple[Run, Rows]:
         run = Run(
             self._loss(valley) if loss is None else loss,
@@ -689,6 +730,7 @@ class OptimizerContract:
             batch="loop",
             residuals=self._residuals,
             constraints=constraints,
+            integer=integer,
         )
         rows = Rows(run.objective.vector)
         run.objective.listeners.append(rows)
