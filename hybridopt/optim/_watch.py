@@ -198,7 +198,8 @@ def _place_of_version() -> tuple[int, int]:
         if not all(a == b != c and a > 4096 and a % 8 == 0 for a, b, c in words):
             continue
         for within in (8, 16):
-            if all(_number_at(a + within) == t._version for (a, *_), t in zip(words, tensors, strict=True)):
+            found = [_number_at(a + within) & 0xFFFFFFFF for a, *_ in words]  # what stands above is anything
+            if found == [t._version for t in tensors]:
                 return place, within
     return 0, 0
 
