@@ -15,8 +15,9 @@ from torch import nn
 
 from hybridopt import minimize, tune
 from hybridopt.errors import ObjectiveError, StateError
+from hybridopt.layers import layer_groups, layers
 from hybridopt.space import Categorical, Float, Int, Space
-from hybridopt.tuning import PATIENCE, Trial, TrialPruned, TrialRecord, hopeless, layer_groups, layers
+from hybridopt.tuning import PATIENCE, Trial, TrialPruned, TrialRecord, hopeless
 
 SPACE = Space(
     {
@@ -358,3 +359,12 @@ def test_layers() -> None:
     assert list(layers(nn.Linear(1, 1)).parameters) == ["model.lr"]
     with pytest.raises(ObjectiveError, match="expected a model with weights"):
         layers(nn.ReLU())
+
+
+def test_layers_that_share_a_weight() -> None:
+    """A weight of two layers is of the first one; torch refuses it in two groups."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.Linear(5, 1))
+    model[1].weight = model[0].weight
+    space = layers(model)
+    assert list(space.parameters) == ["0.lr", "2.lr"]
+    torch.optim.SGD(layer_groups(model, {"0.lr": 2.0, "2.lr": 1.0}, lr=0.1))
