@@ -195,6 +195,11 @@ class Objective:
         return self.loss.form is not Form.ARRAY or self.surrogate is not None
 
     @property
+    def batchable(self) -> bool:
+        """Whether many points may be evaluated in one forward, as far as is known (the first population shows it)."""
+        return self._generations.batch.way != "loop"
+
+    @property
     def stochastic(self) -> bool:
         """Whether the loss was seen to draw random numbers (in its first evaluation)."""
         return self.evaluation.stochastic
