@@ -1,7 +1,7 @@
 """One harness for gradient and gradient-free optimizers over a PyTorch model's weights."""
 
 from hybridopt import optim, until
-from hybridopt.compose import Chain, Cycle, MultiStart, Race, Restart, Split, Stage
+from hybridopt.compose import Chain, Cycle, MultiStart, Portfolio, Race, Restart, Split, Stage
 from hybridopt.constraints import Constraint
 from hybridopt.errors import HybridoptError
 from hybridopt.harness import Run, minimize
@@ -28,6 +28,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "ParameterVector",
+    "Portfolio",
     "Race",
     "Reason",
     "Restart",

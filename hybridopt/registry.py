@@ -101,6 +101,7 @@ _COMPOSITIONS: dict[str, str] = {
     "cycle": "hybridopt.compose.chain:Cycle",
     "restart": "hybridopt.compose.restart:Restart",
     "race": "hybridopt.compose.race:Race",
+    "portfolio": "hybridopt.compose.portfolio:Portfolio",
     "multistart": "hybridopt.compose.multistart:MultiStart",
     "split": "hybridopt.compose.split:Split",
     "torch": "hybridopt_torch:method_of",
@@ -110,7 +111,7 @@ _COMPOSITIONS: dict[str, str] = {
 }
 
 
-COMPOSED = ("cycle", "restart", "split", "race", "multistart")
+COMPOSED = ("cycle", "restart", "split", "race", "portfolio", "multistart")
 """Compositions that the text form writes as a call with methods inside: `restart(slsqp, sigma=1)`."""
 
 

@@ -247,6 +247,21 @@ class Converged(Switch):
 
 
 @dataclass(frozen=True)
+class Noise(Switch):
+    """The loss draws random numbers: a stage that cannot bear it ends with its first step, for one that can.
+
+    What is seen is that it draws from PyTorch's, NumPy's or Python's global generators (or that the run has
+    `keep="last"`); a generator of its own goes unseen. `slsqp until noise > cmaes` is SLSQP, but CMA-ES with noise.
+    """
+
+    name = "noise"
+
+    def met(self, view: View, memory: dict[str, Any]) -> bool:
+        """See `Switch.met`."""
+        return view.noisy
+
+
+@dataclass(frozen=True)
 class Predicate(Switch):
     """A function of the user's: called with the stage's `View` after each step, ends the stage when it is true.
 
@@ -373,6 +388,7 @@ gradient_norm = GradientNorm
 step_size = StepSize
 predicate = Predicate
 converged = Converged()
+noise = Noise()
 
 RULES: dict[str, Any] = {
     **{name: globals()[name] for name in LIMITS},
@@ -381,5 +397,6 @@ RULES: dict[str, Any] = {
     "step_size": StepSize,
     "predicate": Predicate,
     "converged": Converged,
+    "noise": Noise,
 }
 """The rules of the text form by name."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hybridopt.compose._sequence import load_scope, save_scope
-from hybridopt.compose.stage import Stage
-from hybridopt.errors import ClosedError, NonFiniteLoss, StateError
+from hybridopt.compose.stage import Stage, gather
+from hybridopt.errors import ClosedError, MethodError, NonFiniteLoss, StateError
 from hybridopt.ledger import Ledger, Reason
 from hybridopt.optimizer import (
     Answer,
@@ -22,6 +24,9 @@ from hybridopt.optimizer import (
     StageReport,
     Step,
 )
+from hybridopt.options import check_options
+from hybridopt.randomness import derive_seed
+from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
 
 
@@ -62,7 +67,38 @@ class Entry(NamedTuple):
     warm: HandOver | None
 
 
-class _Member:
+@dataclass(frozen=True)
+class Several(Method):
+    """A composition of methods that take turns."""
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.methods, Method) or not all(isinstance(m, Method) for m in self.methods):
+            raise MethodError(
+                f"{self.name}: expected several methods, {self.name}((a, b, c)), got {self.methods!r}"
+            )
+        object.__setattr__(self, "methods", tuple(self.methods))
+        if not self.methods:
+            raise MethodError(f"{self.name}: expected at least one method")
+        check_options(self)
+        gather(self, self.methods)
+        object.__setattr__(self, "takes", frozenset[str]().union(*(m.takes for m in self.methods)))
+
+    def entries(self, seed: int, warm: HandOver | None) -> Iterator[Entry]:
+        """What each begins with; the first has the composition's own seed."""
+        for i, method in enumerate(self.methods):
+            own = derive_seed(seed, i) if i else seed
+            yield Entry(method, own, None if warm is None else warm.only(method.takes))
+
+    def call(self, limits: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """See `Method.call`."""
+        options = self.options()
+        del options["methods"]
+        return print_call(self.name, {**options, **limits}, *self.methods)
+
+
+class Member:
     """A competitor: its optimizer, and a ledger around all that it does."""
 
     def __init__(self, entry: Entry, vector: ParameterVector, rivals: bool) -> None:
@@ -75,10 +111,11 @@ class _Member:
         self.moved = False  # whether it has made a step in this rung
         self.reason: Reason | None = None
         self.message = ""
-        self.notes: list[str] = []  # once it is closed
+        self.notes: list[str] = []  # of what is closed
 
     @property
     def rank(self) -> tuple[float, float]:
+        """What it has found; the lower the better."""
         return self.ledger.best_violation, self.ledger.best_loss
 
     def end(self, reason: Reason, message: str) -> None:
@@ -86,7 +123,7 @@ class _Member:
             self.reason, self.message = reason, message
 
     def close(self) -> None:
-        self.notes = list(self.run.notes)
+        self.notes.extend(note for note in self.run.notes if note not in self.notes)
         self.run.close()
 
     def report(self) -> StageReport:
@@ -114,20 +151,26 @@ class Turns:
     ) -> None:
         self.name = str(method)
         self._halving = halving
-        stands = vector.snapshot()
         self._vector = vector
         self._follows_gradients = Need.GRADIENT in method.needs | method.uses
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         entries = list(entries)
         for entry in entries:
-            self._members.append(_Member(entry, vector, len(entries) > 1))
-            vector.claim(None)  # an in-place method keeps what it wrote, the next one finds what stood there
-            vector.restore(stands)
+            with self._apart():
+                self._members.append(Member(entry, vector, len(entries) > 1))
         self._alive = list(range(len(self._members)))
         self._turn = 0
         self._rung = 0
         self._share = halving.size(0)  # of each, all rungs so far together
         self._ended = self._closed = False
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """While a competitor begins: an in-place method keeps what it wrote, the next one finds what stood there."""
+        stands = self._vector.snapshot()
+        yield
+        self._vector.claim(None)
+        self._vector.restore(stands)
 
     # -- the protocol -------------------------------------------------------------------------------------------
 
@@ -172,7 +215,7 @@ class Turns:
                 f"{self.name}: expected a finite loss for one of its methods at least; {said}"
             )
 
-    def _waiting(self, member: _Member) -> bool:
+    def _waiting(self, member: Member) -> bool:
         """Whether a competitor has something left to spend in this rung; the last one is never limited."""
         if member.reason is not None:
             return False
@@ -206,7 +249,7 @@ class Turns:
     # -- looking ------------------------------------------------------------------------------------------------
 
     @property
-    def _leader(self) -> _Member:
+    def _leader(self) -> Member:
         return min((self._members[i] for i in self._alive), key=lambda member: member.rank)
 
     @property
@@ -220,7 +263,7 @@ class Turns:
         every = (
             note
             for i, member in enumerate(self._members)
-            for note in (member.run.notes if i in self._alive else member.notes)
+            for note in (*member.notes, *(member.run.notes if i in self._alive else ()))
         )
         return list(dict.fromkeys(every))
 

@@ -29,6 +29,7 @@ from hybridopt.optimizer import (
 )
 from hybridopt.point import Point
 from hybridopt.randomness import derive_seed
+from hybridopt.until import noise
 from hybridopt.vector import ParameterVector
 
 
@@ -278,7 +279,7 @@ class SequenceRun:
         if self._ended:
             return self._notes
         notes = [*self._notes, *(note for note in self._child.notes if note not in self._notes)]
-        if self.method.endless:
+        if self.method.endless or self._stage.rule == noise:  # what follows is for a loss that has noise
             return notes
         waiting: list[str] = []
         for index in range(self._index + 1, self._index + 2 + self.method.period):

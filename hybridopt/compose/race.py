@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from hybridopt.compose._halving import Entry, Halving, Turns
-from hybridopt.compose.stage import gather
-from hybridopt.errors import MethodError
-from hybridopt.optimizer import HandOver, Method, Optimizer
-from hybridopt.options import Part, Positive, check_options
-from hybridopt.randomness import derive_seed
-from hybridopt.text import print_call
+from hybridopt.compose._halving import Halving, Several, Turns
+from hybridopt.optimizer import HandOver, Optimizer
+from hybridopt.options import Part, Positive
 from hybridopt.vector import ParameterVector
 
 
 @dataclass(frozen=True)
-class Race(Method):
+class Race(Several):
     """The best of several methods, by successive halving: `race(slsqp, cmaes, adam(lr=0.1), rung=200)`.
 
     For when it is not known which method suits. All begin at the given start and take turns. In each rung each of them
@@ -57,32 +51,9 @@ class Race(Method):
 
     name: ClassVar[str] = "race"
 
-    methods: tuple[Method, ...]
     rung: Positive | None = None
     keep: Part = 0.5
 
-    def __post_init__(self) -> None:
-        if isinstance(self.methods, Method) or not all(isinstance(m, Method) for m in self.methods):
-            raise MethodError(f"race: expected several methods, race((a, b, c)), got {self.methods!r}")
-        object.__setattr__(self, "methods", tuple(self.methods))
-        if not self.methods:
-            raise MethodError("race: expected at least one method")
-        check_options(self)
-        gather(self, self.methods)
-        object.__setattr__(self, "takes", frozenset[str]().union(*(m.takes for m in self.methods)))
-
     def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
         """See `Method.start`."""
-        entries = (
-            Entry(
-                method, derive_seed(seed, i) if i else seed, None if warm is None else warm.only(method.takes)
-            )
-            for i, method in enumerate(self.methods)
-        )
-        return Turns(self, entries, Halving.of(self, vector.n), vector)
-
-    def call(self, limits: Mapping[str, Any] = MappingProxyType({})) -> str:
-        """See `Method.call`."""
-        options = self.options()
-        del options["methods"]
-        return print_call(self.name, {**options, **limits}, *self.methods)
+        return Turns(self, self.entries(seed, warm), Halving.of(self, vector.n), vector)

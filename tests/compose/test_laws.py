@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybridopt import Chain, Cycle, Method, MultiStart, Race, Restart, Split, Stage, method
+from hybridopt import Chain, Cycle, Method, MultiStart, Portfolio, Race, Restart, Split, Stage, method
 from tests.driving import BOX, Evaluation, start
 
 LEAVES = st.sampled_from(
@@ -48,6 +48,7 @@ def composed(inner: st.SearchStrategy[Method]) -> st.SearchStrategy[Method]:
         several.map(lambda parts: Cycle(Chain(parts), rounds=2)),
         inner.map(lambda part: Restart(part, sigma=0.3, restarts=2)),
         several.map(lambda parts: Race(parts, rung=9)),
+        several.map(lambda parts: Portfolio(parts, turn=5)),
         inner.map(lambda part: MultiStart(part, starts=3, rung=8)),
     ).flatmap(limited)
 
@@ -96,6 +97,7 @@ def test_around_one_it_is_the_method(stage: Method) -> None:
     assert path(Cycle(stage, rounds=1)) == alone
     assert path(Restart(stage, restarts=0)) == alone
     assert path(Race([stage])) == alone
+    assert path(Portfolio([stage])) == alone
     assert path(MultiStart(stage, starts=1)) == alone
     assert path(Split({"*": stage})) == alone
 

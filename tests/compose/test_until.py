@@ -319,6 +319,22 @@ def test_converged_alone_changes_nothing() -> None:
     assert stages(ruled)[0].reason is Reason.CONVERGED
 
 
+def test_noise_ends_a_stage_with_its_first_step() -> None:
+    def noisy(x: Tensor) -> Tensor:
+        return rosenbrock(x) + torch.randn(())
+
+    text = "adam until noise > cmaes"
+    assert [s.spent["evaluations"] for s in stages(text, 100, noisy)] == [1, 99]
+    assert [s.spent["evaluations"] for s in stages(text, 100, noisy, keep="best")] == [100]
+    assert [s.spent["evaluations"] for s in stages(text, 100, keep="last")] == [1, 99]
+    assert whole(method(text)) == whole(method("adam"))
+    x = torch.tensor(X0, dtype=torch.float64)
+    assert not hybridopt.minimize(rosenbrock, x, text, budget=20, seed=3).notes
+    assert hybridopt.minimize(rosenbrock, x, "adam > cmaes", budget=20, seed=3).notes == (
+        "never began: cmaes",
+    )
+
+
 def test_a_rule_never_met_changes_nothing() -> None:
     for text in ("adam", "slsqp", "cmaes", "torch.lbfgs", "pyswarm.pso"):
         rule = "target(-1) & plateau(9) & gradient_norm(1e-300) & step_size(1e-300)"
