@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
-from scipy.linalg.lapack import dposv
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dposv, dpotrf, dpotrs, dtrtri, dtrtrs
 
 from hybridopt.optimizer import HandOver
 from hybridopt.options import check_options
@@ -120,6 +120,7 @@ class Surrogate(Strategy):
         self.x, self.losses = np.empty((0, start.n)), np.empty(0)
         self.generation, self.known, self.predicted = None, np.empty(0), np.empty(0)
         self.asked = 0
+        self._model: Model | None = None  # follows from the points
 
     def ask(self, rng: np.random.Generator) -> FloatArray:
         """See `Strategy.ask`: those points that the model likes best, 1.5 times as many in all as before."""
@@ -132,7 +133,7 @@ class Surrogate(Strategy):
         if self.generation is None:
             self.generation = self.search.ask(rng)
             self.known = np.full(len(self.generation), np.nan)
-            model = Model.fitted(self.x, self.losses)
+            model = self._fitted()
             self._inject(model.minimum)
             self.predicted = model(self.generation)
             self.asked = 1 + max(len(self.known) // 50, 4 - len(self.x))
@@ -174,10 +175,11 @@ class Surrogate(Strategy):
         most = 2 * _sizes(x.shape[1])[-1]
         self.x = np.concatenate([self.x, x[finite]])[-most:]
         self.losses = np.concatenate([self.losses, losses[finite]])[-most:]
+        self._model = None
         evaluated = ~np.isnan(self.known)
         judged = self.known
         if not evaluated.all():
-            model = Model.fitted(self.x, self.losses)
+            model = self._fitted()
             self.predicted = model(self.generation)
             recent = max(RECENT, int(min(1.2 * evaluated.sum(), KEPT * len(self.known))))
             stale = self.known[evaluated].min() > self.losses.min()
@@ -198,8 +200,14 @@ class Surrogate(Strategy):
         ending = self.search.tell(self.generation, losses, rng)
         self.generation = None
         if self.search.restarted > searches:
-            self.x, self.losses = self.x[:0], self.losses[:0]
+            self.x, self.losses, self._model = self.x[:0], self.losses[:0], None
         return ending
+
+    def _fitted(self) -> Model:
+        """The model of the points known."""
+        if self._model is None:
+            self._model = Model.fitted(self.x, self.losses)
+        return self._model
 
     def favourite(self) -> FloatArray | None:
         """See `Strategy.favourite`."""
@@ -236,37 +244,38 @@ class Model:
         spread = np.sqrt((away**2).mean(0))
         W = 1 / np.where(spread > 0, spread, 1)
         if size > 2 * n + 1:
-            try:
-                W = solve_triangular(cholesky(away.T @ away / len(x)), np.eye(n), check_finite=False)
-            except LinAlgError:
-                pass
-        weights = np.linspace(HEAVIEST, 1, len(x))
+            factor, failed = dpotrf(away.T @ away / len(x))
+            if not failed:
+                W = dtrtri(factor)[0]
         model = cls(centre, W, np.zeros(size))
-        A = model._features(x) * weights[:, None]
-        normal = A.T @ A
+        weights = _weights(HEAVIEST, len(x))
+        A = model._features(x)
+        A *= weights
+        normal = A @ A.T
         normal.flat[:: size + 1] += 1e-13 * normal.trace()  # points in a plane leave some coefficients open
-        _, coefficients, failed = dposv(normal, A.T @ ((losses - losses[0]) * weights))
+        _, coefficients, failed = dposv(normal, A @ ((losses - losses[0]) * weights))
         if not failed:
             model.coefficients = coefficients
         return model
 
     def _features(self, x: FloatArray) -> FloatArray:
-        """Shape (k, size)."""
+        """Shape (size, k)."""
         size, n = len(self.coefficients), x.shape[1]
-        z = (x - self.centre) * self.W if self.W.ndim == 1 else (x - self.centre) @ self.W
-        features = np.empty((len(x), size))
-        features[:, 0] = 1
-        features[:, 1 : n + 1] = z[:, : size - 1]
+        z = (x - self.centre).T
+        z = z * self.W[:, None] if self.W.ndim == 1 else self.W.T @ z
+        features = np.empty((size, len(x)))
+        features[0] = 1
+        features[1 : n + 1] = z[: size - 1]
         if size > n + 1:
-            features[:, n + 1 : 2 * n + 1] = z * z
+            np.multiply(z, z, out=features[n + 1 : 2 * n + 1])
         if size > 2 * n + 1:
             i, j = _pairs(n)
-            features[:, 2 * n + 1 :] = z[:, i] * z[:, j]
+            np.multiply(z[i], z[j], out=features[2 * n + 1 :])
         return features
 
     def __call__(self, x: FloatArray) -> FloatArray:
         """The losses at the rows of `x` but for a constant, shape (k,)."""
-        losses: FloatArray = self._features(x) @ self.coefficients
+        losses: FloatArray = self.coefficients @ self._features(x)
         return losses
 
     @property
@@ -279,11 +288,11 @@ class Model:
         if len(c) > 2 * n + 1:
             i, j = _pairs(n)
             H[i, j] = H[j, i] = c[2 * n + 1 :]
-        try:
-            z = -cho_solve((cholesky(H), False), c[1 : n + 1])
-        except LinAlgError:
+        factor, indefinite = dpotrf(H)
+        if indefinite:
             return None
-        step = z / self.W if self.W.ndim == 1 else solve_triangular(self.W, z, trans="T", check_finite=False)
+        z = -dpotrs(factor, c[1 : n + 1])[0]
+        step = z / self.W if self.W.ndim == 1 else dtrtrs(self.W, z, trans=1)[0]
         x: FloatArray = self.centre + step
         return x if np.isfinite(x).all() else None
 
@@ -292,6 +301,12 @@ class Model:
 def _pairs(n: int) -> tuple[IntArray, IntArray]:
     """All i < j below n."""
     return np.triu_indices(n, 1)
+
+
+@cache
+def _weights(heaviest: float, k: int) -> FloatArray:
+    """Of k points in the regression, the best first."""
+    return np.linspace(heaviest, 1, k)
 
 
 @cache
