@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,28 +20,29 @@ MANY = 20_000  # weights from which a quasi-Newton method's own vectors are too 
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Chooses methods by what is known of the problem, and runs them in turn under shares of the budget.
+    """Chooses methods by what is known of the problem, and gives the evaluations to those that work.
 
     What it looks at: the number of weights, bounds, constraints, whether the loss is a sum of known residuals, whether
-    autograd could see the weights, and how many evaluations the budget gives each weight. What it cannot know before
-    is found out on the way: SLSQP and L-BFGS-B test the gradient at their start and use differences where it is wrong.
-    What it chose and why is in `Result.notes`, and `Result.stages` shows what each part did.
+    autograd could see the weights, and whether only time limits the run. What it cannot know before is found out on
+    the way: SLSQP and L-BFGS-B test the gradient at their start and use differences where it is wrong; the first
+    evaluation shows noise. What it chose and why is in `Result.notes`, and `Result.stages` shows what each part did.
 
     - constraints: SLSQP begun again;
     - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
     - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
       weights Adam;
     - a box, with gradients or without: n + 2 evaluations tell whether the loss is a sum of functions of one weight;
-      if so, line searches along the coordinates find its minimum. Else SLSQP from the start and from a random point,
-      then CMA-ES with a quadratic model (`lq_cmaes`) and restarts; where there are 500 evaluations a weight (with
-      gradients 100) or more, SLSQP from many random points. Above 40 weights CMA-ES without a model, above 300 with a
-      diagonal or a limited memory.
-
-    With a loss that draws random numbers no point is known to be the best, and what the first, local parts find is
-    uncertain: name `cmaes`, or `adam` where there are gradients, instead.
+      if so, line searches along the coordinates find its minimum. Else a portfolio: SLSQP from the start, then from
+      random points, beside CMA-ES with a quadratic model (`lq_cmaes`) and restarts, the turns going to whoever lowers
+      the loss. Above 40 weights CMA-ES without a model, above 300 with a diagonal or a limited memory;
+    - noise: where the first evaluation drew random numbers, CMA-ES from its start instead, which names the point that
+      wins a comparison under common random numbers; Adam above 300 weights with gradients. A generator of the loss's
+      own goes unseen: then pass `keep="last"`. Nothing is changed for residuals or constraints;
+    - a budget of time alone, where populations may be evaluated in one forward: CMA-ES without a model, whose whole
+      generations then cost about what one point does. Any other budget counts evaluations, batched or not.
 
     `auto` is a whole run's method: what it chooses from is known only where the loss is, so it cannot be a part of
-    another method. Shares were set on the 24 BBOB functions, `benchmarks/answer_quality.py`.
+    another method. Measured on the 24 BBOB functions and others, `benchmarks/answer_quality.py`.
 
     Example:
         >>> import numpy as np, hybridopt
@@ -85,37 +85,36 @@ def choose(objective: Objective) -> tuple[str, str]:
     if gradients and n > MANY and vector.integer is None:
         return "adam", f"adam, since {n} weights have gradients"
     if gradients and n > DENSE:
-        return "restart(lbfgsb)", "scipy.lbfgsb from perturbed best points, since there may be gradients"
+        return (
+            "restart(lbfgsb) until noise > adam",
+            "scipy.lbfgsb from perturbed best points, since there may be gradients; with noise adam",
+        )
     if gradients and not boxed:
         return (
-            "restart(slsqp, begin_at=uniform, evaluations=50%) > restart(slsqp)",
-            "scipy.slsqp from points about the start, then from perturbed best ones, since there may be gradients",
+            "restart(slsqp, begin_at=uniform, evaluations=50%) until noise > restart(slsqp) until noise > cmaes",
+            "scipy.slsqp from points about the start, then from perturbed best ones, since there may be gradients; "
+            "with noise cmaes",
         )
     if n > DENSE:
         covariance = "separable" if n <= MANY else "limited"
         return f"cmaes(covariance={covariance})", f"cmaes of O(n) memory, since {n} weights have no gradients"
-    search = "lq_cmaes" if n <= MODELLED else "cmaes"
-    last = f"{search}(restarts=bipop, handover=point)"
+    batched = not objective.ledger.budget.limits.keys() - {"seconds"} and objective.batchable
+    search = "cmaes" if n > MODELLED or batched else "lq_cmaes"
+    local = f"restart(slsqp(ftol=1e-11), {again})" if boxed else "restart(slsqp(ftol=1e-11))"
+    shared = f"portfolio({local}, {search}(restarts=bipop, handover=point)) until noise"
+    because = f"there {'may be' if gradients else 'are no'} gradients"
+    if batched:
+        because += ", and only time limits the run, in which one forward may take a population"
     if not boxed:
         return (
-            f"restart(slsqp(ftol=1e-11), evaluations=30%) > {last}",
-            f"scipy.slsqp with differences, then {search}, since there are no gradients and no box",
+            f"{shared} > cmaes",
+            f"scipy.slsqp with differences and {search} side by side, since {because}; with noise cmaes",
         )
-    if _each(objective) < (100 if gradients else 500) * n:
-        starts, places = "restarts=1", "two points"
-    else:
-        starts, places = f"evaluations={30 if gradients else 15}%", "random points"
     return (
-        f"coordinate_search(separable=true) > restart(slsqp(ftol=1e-11), begin_at=uniform, {starts}) > {last}",
-        f"line searches along the coordinates if the loss is a sum over them, else scipy.slsqp from {places}, then "
-        f"{search}, since there {'may be' if gradients else 'are no'} gradients and {n} weights have a box",
+        f"coordinate_search(separable=true) until noise > {shared} > cmaes",
+        f"line searches along the coordinates if the loss is a sum over them, else scipy.slsqp from {places} and "
+        f"{search} side by side, since {because} and {n} weights have a box; with noise cmaes",
     )
-
-
-def _each(objective: Objective) -> float:
-    """Evaluations that the budget allows; inf where only time limits it."""
-    ledger = objective.ledger
-    return min(ledger.max_evaluations, ledger.max_equivalents) if ledger.budget.limits else math.inf
 
 
 def _boxed(vector: ParameterVector) -> bool:

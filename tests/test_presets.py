@@ -26,23 +26,26 @@ def gradients(x: Tensor) -> Tensor:
     return (x**2).sum()
 
 
+SIDE_BY_SIDE = "scipy.slsqp from random points and {} side by side"
+
+
 @pytest.mark.parametrize(
     "loss, n, bounds, budget, first, why",
     [
-        (gradients, 3, None, 500, "restart(slsqp, begin_at=uniform, evaluations=50%)", "about the start"),
-        (gradients, 3, BOX, 500, "coordinate_search(separable=true)", "from random points, then lq_cmaes"),
-        (gradients, 3, BOX, 200, "coordinate_search(separable=true)", "from two points, then lq_cmaes"),
-        (gradients, 400, BOX, 500, "restart(lbfgsb)", "there may be gradients"),
+        (gradients, 3, None, 500, "restart(slsqp, begin_at=uniform, evaluations=50%) until noise", "the start"),
+        (gradients, 3, BOX, 500, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
+        (gradients, 3, BOX, "9s", "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("cmaes")),
+        (gradients, 400, BOX, 500, "restart(lbfgsb) until noise", "there may be gradients; with noise adam"),
         (gradients, 30_000, BOX, 500, "adam", "30000 weights have gradients"),
-        (values, 3, BOX, 900, "coordinate_search(separable=true)", "from two points, then lq_cmaes"),
-        (values, 3, BOX, 9000, "coordinate_search(separable=true)", "from random points, then lq_cmaes"),
-        (values, 3, BOX, "9s", "coordinate_search(separable=true)", "from random points, then lq_cmaes"),
-        (values, 50, BOX, 900, "coordinate_search(separable=true)", "from two points, then cmaes"),
-        (values, 3, None, 900, "restart(slsqp(ftol=1e-11), evaluations=30%)", "no gradients and no box"),
+        (values, 3, BOX, 900, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
+        (values, 3, BOX, "9s", "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
+        (values, 50, BOX, 900, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("cmaes")),
+        (values, 3, None, 900, "portfolio(restart(slsqp(ftol=1e-11)), lq_cmaes(restarts=bipop, handover=point)) "
+         "until noise", "differences and lq_cmaes side by side, since there are no gradients"),
         (values, 400, BOX, 900, "cmaes(covariance=separable)", "400 weights have no gradients"),
         (values, 30_000, None, 900, "cmaes(covariance=limited)", "30000 weights have no gradients"),
     ],
-)
+)  # fmt: skip
 def test_what_is_chosen(loss: Any, n: int, bounds: Any, budget: Any, first: str, why: str) -> None:
     x0 = np.zeros(n) if loss is values else torch.zeros(n, dtype=torch.float64)
     text, reason = choose(Objective(loss, x0, budget, bounds=bounds))
@@ -118,11 +121,11 @@ def test_resume_makes_the_same_choice() -> None:
 
 
 def test_what_was_chosen_stays_chosen_under_another_budget() -> None:
-    def begun(budget: int) -> Run:
+    def begun(budget: Any) -> Run:
         x = torch.tensor([-1.2, 1.0], dtype=torch.float64)
-        return Run(Recorded(), x, "auto", budget=budget, bounds=BOX, seed=3, batch="loop")
+        return Run(Recorded(), x, "auto", budget=budget, bounds=BOX, seed=3)
 
-    run, other = begun(90), begun(3000)
+    run, other = begun(90), begun("60s")
     for _ in range(20):
         run.step()
     state = run.state_dict()
@@ -130,11 +133,38 @@ def test_what_was_chosen_stays_chosen_under_another_budget() -> None:
     assert other.state_dict()["chosen"] != state["chosen"]
     other.load_state_dict(state)
     with other:
-        for _ in other:
-            pass
+        for _ in range(200):
+            other.step()
     result = other.result()
     assert result.notes[-1] == notes[-1]
     assert result.evaluations > 90
+
+
+def test_noise() -> None:
+    """From the second evaluation on CMA-ES, which comes near although no loss can be trusted."""
+
+    def loss(x: np.ndarray) -> float:
+        return float(((x - 1) ** 2).sum() + 0.3 * np.random.randn())
+
+    result = hybridopt.minimize(loss, np.full(4, -3.0), "auto", budget=900, bounds=BOX5, seed=0)
+    assert [stage.method for stage in result.stages][-1] == "cmaes"
+    assert result.stages[-1].spent["evaluations"] == 898
+    assert result.notes[-1].rpartition(": ")[0].endswith("with noise cmaes")
+    assert float(((result.x - 1) ** 2).sum()) < 0.1
+
+    def sampled(x: Tensor) -> Tensor:
+        return ((x - 0.02) ** 2).sum() + 0.1 * torch.randn(())
+
+    x = torch.zeros(400, dtype=torch.float64)
+    result = hybridopt.minimize(sampled, x, "auto", budget="900fe", bounds=BOX5, seed=0)
+    assert [stage.method for stage in result.stages][-1] == "adam"
+    assert float(((x - 0.02) ** 2).sum()) < 1e-3
+
+
+def test_without_noise_nothing_waits() -> None:
+    """What noise would have called for is no stage that the user should miss."""
+    result = hybridopt.minimize(values, np.full(3, 2.0), "auto", budget=60, bounds=BOX5, seed=0)
+    assert not [note for note in result.notes if note.startswith("never began")]
 
 
 def test_it_cannot_be_a_part() -> None:
