@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from hybridopt.errors import NonFiniteLoss, Stop
 from hybridopt.ledger import Ledger, Reason, Shadow
+from hybridopt.scores import Scores
 from hybridopt.vector import FloatArray
 
 NONFINITE_PATIENCE = 30  # questions in a row without a finite loss before a run or stage ends
@@ -38,6 +39,8 @@ class Accounts:
         self.nonfinite = nonfinite
         self.source = source
         self.listeners: list[Listener] = []
+        self.scores: Scores | None = None
+        """Keeps the points that are scored at the end, if any are."""
         self.warned = False
         """Whether the user was told of a loss that is not finite."""
 
@@ -85,6 +88,8 @@ class Accounts:
         self.pay(ledgers, forward, backward)
         for ledger in ledgers:
             ledger.book(value, probe, self.source, violation)
+        if self.scores is not None and not probe and violation == 0:
+            self.scores.offer([value])
         for listener in self.listeners:
             listener.evaluated(self.ledger, ledgers[1:], value, probe)
 

@@ -144,13 +144,16 @@ class Evaluation:
         """The point being answered (for a ledger that found it to be its best), if the best is kept."""
         if not self.keeps_best:
             return None
-        buffers = self.guard.base_buffers()
-        if self.x is not None:
-            return Point(self.x.copy(), None, buffers)
-        if into is not None and into.tensors is not None:
+        if self.x is None and into is not None and into.tensors is not None:
             self.vector.copy_to(into.tensors)
-            return Point(None, into.tensors, buffers)
-        return Point(None, self.vector.snapshot(), buffers)
+            return Point(None, into.tensors, self.guard.base_buffers())
+        return self.point_here()
+
+    def point_here(self, z: FloatArray | None = None) -> Point:
+        """The point being answered, or that at some solver coordinates, with the buffers as last settled."""
+        x = self.x if z is None else self.decoded(z)
+        buffers = self.guard.base_buffers()
+        return Point(None, self.vector.snapshot(), buffers) if x is None else Point(x.copy(), None, buffers)
 
     def undone_on_error(self) -> _Undone:
         """An evaluation that raises has not happened: the same question draws the same numbers again."""

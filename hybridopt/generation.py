@@ -197,6 +197,8 @@ class Generations:
         lowest, highest = _extremes(values)
         finite = math.isfinite(lowest) and math.isfinite(highest)
         if finite and not self._accounts.listeners and (slopes is None or np.isfinite(slopes).all()):
+            if self._accounts.scores is not None and not probe:
+                self._accounts.scores.offer(values, x)
             at = int(values.argmin())
             self._evaluation.imagine(x[at])
             self._accounts.book_many(ledgers, values, at, highest, int(slopes is not None), probe)

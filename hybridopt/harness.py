@@ -68,7 +68,6 @@ class Run:
                     "minimize: an Objective brings its target and options; pass only method and budget"
                 )
             self.objective = loss
-            self.objective.ledger.limit(limits)
         else:
             known = [
                 p
@@ -78,7 +77,9 @@ class Run:
             for name in objective:
                 if name not in known:
                     raise ObjectiveError(f"minimize: unknown argument {name!r}{nearest(name, known)}")
-            self.objective = Objective(loss, target, limits, seed=self.seed, **objective)
+            self.objective = Objective(loss, target, seed=self.seed, **objective)
+        scores = self.objective.scores
+        self.objective.ledger.limit(limits if scores is None else scores.leaving(limits))
         _require_skills(self.method, self.objective)
         self.label = label or str(self.method)
         self.steps = 0
@@ -150,11 +151,16 @@ class Run:
     def _conclude(self, reason: Reason) -> Result:
         objective, ledger = self.objective, self.objective.ledger
         own = self.optimizer.incumbent
-        if ledger.best_point is not None and objective.keeps_best:
-            objective.restore_best()
-        elif own.x is not None:
-            objective.vector.write(objective.vector.decode(own.x))
         self.reason = self.reason or reason
+        score: float | None = None
+        try:
+            if objective.scores is not None and self.reason is not Reason.FAILED:
+                score = objective.scores.choose(own.x, ledger)
+        finally:
+            if score is None and ledger.best_point is not None and objective.keeps_best:
+                objective.restore_best()
+            elif score is None and own.x is not None:
+                objective.vector.write(objective.vector.decode(own.x))
         if ledger.evaluations and ledger.best_loss == float("inf"):
             self.reason, self.message = Reason.NON_FINITE, Reason.NON_FINITE.sentence
         vector = objective.vector
@@ -171,6 +177,7 @@ class Run:
             violation=ledger.best_violation if objective.constraints is not None else 0.0,
             nonfinite=ledger.nonfinite,
             stochastic=objective.stochastic,
+            score=score,
             steps=self.steps,
             stages=self.optimizer.reports,
             notes=(*objective.notes, *self.optimizer.notes, *self._chosen),
@@ -265,8 +272,8 @@ def minimize(
             and at the end, atomically.
         exact: see `Run.load_state_dict`.
         label: the tracker's name for this run; default the method's text.
-        **objective: further arguments of `Objective`: residuals, constraints, surrogate, nonfinite, keep, noise, batch,
-            backward_cost, select, bounds, scale, integer, log.
+        **objective: further arguments of `Objective`: residuals, constraints, surrogate, nonfinite, keep, score,
+            candidates, noise, batch, backward_cost, select, bounds, scale, integer, log.
 
     Returns:
         A `Result`. An interrupt (Ctrl-C) ends the run between two steps and returns too; a second one raises at

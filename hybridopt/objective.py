@@ -24,6 +24,7 @@ from hybridopt.point import Point
 from hybridopt.points import Points
 from hybridopt.randomness import NOISE_POLICIES, NoisePolicy, Randomness
 from hybridopt.residuals import Residuals
+from hybridopt.scores import Scores
 from hybridopt.vector import FloatArray
 
 __all__ = ["NONFINITE_PATIENCE", "Listener", "Objective"]
@@ -59,6 +60,12 @@ class Objective:
         keep: which point is "the best": `"best"` (lowest loss evaluated), `"last"` (where the method stands), or
             `"auto"` (default): the best, unless the first evaluation drew random numbers, which makes the lowest
             loss a lucky draw.
+        score: a function of the same form as `loss` that is to choose the point at the end, whatever `keep` says: for
+            noisy losses, their mean over a fixed batch, or a loss of data that nothing was fitted to. The
+            `candidates` points of lowest loss and the method's own point are scored, and the model holds the one of
+            lowest score. Each is a forward and an evaluation, which the budget keeps back for it (of seconds it
+            keeps nothing back). An exception ends a run unscored.
+        candidates: see `score`. They are copies of the weights.
         batch: how populations are evaluated. `"auto"` (default): many members in one forward
             (`torch.func.vmap`), as many as a fixed allowance of memory takes, if that tells the same losses as one
             by one; the first population is checked for it, which costs two forwards and no evaluation. Otherwise,
@@ -99,6 +106,8 @@ class Objective:
         seed: int = 0,
         noise: NoisePolicy = "shared",
         keep: Literal["auto", "best", "last"] = "auto",
+        score: Callable[..., Any] | None = None,
+        candidates: int = 5,
         batch: Choice = "auto",
         select: Any = None,
         bounds: Any = None,
@@ -135,6 +144,10 @@ class Objective:
             batch == "loop",
         )
         self._accounts = Accounts(self.ledger, nonfinite, self.evaluation)
+        self.scores: Scores | None = None
+        if score is not None:
+            self.scores = Scores(self.evaluation, bind_loss(score, self.vector), candidates)
+        self._accounts.scores = self.scores
         self.listeners: list[Listener] = self._accounts.listeners
         self._feasibility = Feasibility(self.evaluation, self._accounts, self.constraints)
         self._generations = Generations(self.evaluation, self._accounts, self._feasibility, batch)
@@ -342,6 +355,7 @@ class Objective:
             "generations": self._generations.state_dict(),
             "feasibility": self._feasibility.state_dict(),
             "derivatives": self._derivatives.state_dict(),
+            "scores": None if self.scores is None else self.scores.state_dict(),
             "closure_backward": self.evaluation.closure_backward,
             "warned": self._accounts.warned,
             "buffers": self._guard.copy_buffers(),
@@ -365,6 +379,8 @@ class Objective:
         self._generations.load_state_dict(state["generations"])
         self._feasibility.load_state_dict(state["feasibility"])
         self._derivatives.load_state_dict(state["derivatives"])
+        if self.scores is not None and state["scores"] is not None:
+            self.scores.load_state_dict(state["scores"])
         self.evaluation.closure_backward = state["closure_backward"]
         self._accounts.warned = state["warned"]
         self._guard.set_buffers(state["buffers"])

@@ -45,6 +45,8 @@ class Result:
     stochastic: bool
     """Whether the loss was seen to draw random numbers: `params` is then where the method stood at the end."""
     steps: int
+    score: float | None = None
+    """Of the kept weights, by the function that chose them (`Objective`); None = none did."""
     violation: float = 0.0
     """By how much the best point breaks the constraints; 0 = it keeps them all, within their tolerance."""
     stages: tuple[StageReport, ...] = ()

@@ -48,6 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/registry.py",
         "hybridopt/residuals.py",
         "hybridopt/result.py",
+        "hybridopt/scores.py",
         "hybridopt/text.py",
         "hybridopt/tracker.py",
     ),
