@@ -9,7 +9,8 @@ results/answer_quality.json beside what stands there (each line with what was as
 package ioh's where it is installed (ours are equal to them to 1e-9, `bbob_reference.py`, but take five times as long).
 Measure: the share of the 51 targets f_opt + 10^2, 10^1.8, ..., 10^-8 reached within 50 d, 200 d and 1000 d evaluations,
 each budget a run of its own; mean over functions, dimensions and instances, with the standard error over instances.
-`ecdf`: the same share after fewer evaluations of those runs. `profiles` (data profiles, Moré & Wild 2009): the share of
+`ecdf`: the same share after fewer evaluations of those runs (of `mgh`, `identity` and `atoms`: the share of runs
+solved after so many evaluations, or forward-equivalents). `profiles` (data profiles, Moré & Wild 2009): the share of
 problems with f - f_opt <= tau (f_start - f_opt) after so many times n + 1 evaluations. `bbob+g`: the same losses with
 gradients allowed, ours, budgets in forward-equivalents.
 `oracle` is the best of the single methods for each function, dimension and instance, in hindsight.
@@ -185,8 +186,18 @@ def mgh(asked: argparse.Namespace, pool: Executor) -> dict[str, Any]:
         print(
             f"mgh {name}: {len(solved)}/35 solved, not {failed}; median {statistics.median(counts)} evaluations"
         )
-        found[name] = {"solved": solved, "evaluations": runs}
+        found[name] = {
+            "solved": solved,
+            "ecdf": solved_after([e for e, _ in runs], 5000),
+            "evaluations": runs,
+        }
     return found
+
+
+def solved_after(spent: list[float | None], most: float) -> dict[str, float]:
+    """The share of runs that were solved after 1, 2, 5, 10, ... and `most` evaluations (None: never)."""
+    checkpoints = [digit * 10**power for power in range(7) for digit in (1, 2, 5) if digit * 10**power < most]
+    return {f"{c:g}": sum(s is not None and s <= c for s in spent) / len(spent) for c in (*checkpoints, most)}
 
 
 def solve_mgh(job: tuple[str, int]) -> tuple[int | None, float]:
@@ -223,7 +234,7 @@ def identity(asked: argparse.Namespace, pool: Executor) -> dict[str, Any]:
     worst = max(loss for loss, _ in runs)
     print(f"identity: {len(costs)}/{len(runs)} ≤ {TARGET}, worst {worst:.7f}, median {statistics.median(costs):g} fe, "
           f"most {max(costs):g}")  # fmt: skip
-    return {"auto": {"runs": runs}}
+    return {"auto": {"ecdf": solved_after([c if v <= TARGET else None for v, c in runs], 5000), "runs": runs}}
 
 
 def solve_identity(seed: int) -> tuple[float, float]:
@@ -282,7 +293,8 @@ def atoms(asked: argparse.Namespace, pool: Executor) -> dict[str, Any]:
                 f"atoms seed {seed}: {run[0]:.4f} after {run[1]:g} fe; {hits} of {len(runs)} so far",
                 flush=True,
             )
-            found[text] = {"reached": hits, "runs": runs}
+            spent = [cost if loss <= CLUSTER + 1e-3 else None for loss, cost in runs]
+            found[text] = {"reached": hits, "ecdf": solved_after(spent, 2e6), "runs": runs}
             if asked.write:
                 write("atoms", found)
     return found
