@@ -54,8 +54,11 @@ def _box_muller(radius: Any, angle: Any, x: Any, y: Any) -> None:
         # 30 bits say where between -45 and 45 degrees, the other two which quarter
         v = (np.float64(np.int32(angle[i] << np.uint32(2))) + 2.0) * (2.0**-31 * 0.7853981633974483)
         q = v * v
-        sin = v * (1 - q / 6 * (1 - q / 20 * (1 - q / 42 * (1 - q / 72 * (1 - q / 110)))))
-        cos = 1 - q / 2 * (1 - q / 12 * (1 - q / 30 * (1 - q / 56 * (1 - q / 90))))
+        # Taylor's series; a division by each of their numbers in turn would take most of the time
+        odd = 1 / 120 - q * (1 / 5040 - q * (1 / 362880 - q * (1 / 39916800)))
+        sin = v * (1 - q * (1 / 6 - q * odd))
+        even = 1 / 24 - q * (1 / 720 - q * (1 / 40320 - q * (1 / 3628800)))
+        cos = 1 - q * (1 / 2 - q * even)
         r = -r if angle[i] & np.uint32(0x80000000) else r
         turned = angle[i] & np.uint32(0x40000000)
         x[i] = r * (sin if turned else cos)
