@@ -120,7 +120,7 @@ class Surrogate(Strategy):
         self.x, self.losses = np.empty((0, start.n)), np.empty(0)
         self.generation, self.known, self.predicted = None, np.empty(0), np.empty(0)
         self.asked = 0
-        self._model: Model | None = None  # follows from the points
+        self._model: tuple[FloatArray, Model] | None = None  # that of these points
 
     def ask(self, rng: np.random.Generator) -> FloatArray:
         """See `Strategy.ask`: those points that the model likes best, 1.5 times as many in all as before."""
@@ -175,7 +175,6 @@ class Surrogate(Strategy):
         most = 2 * _sizes(x.shape[1])[-1]
         self.x = np.concatenate([self.x, x[finite]])[-most:]
         self.losses = np.concatenate([self.losses, losses[finite]])[-most:]
-        self._model = None
         evaluated = ~np.isnan(self.known)
         judged = self.known
         if not evaluated.all():
@@ -200,14 +199,14 @@ class Surrogate(Strategy):
         ending = self.search.tell(self.generation, losses, rng)
         self.generation = None
         if self.search.restarted > searches:
-            self.x, self.losses, self._model = self.x[:0], self.losses[:0], None
+            self.x, self.losses = self.x[:0], self.losses[:0]
         return ending
 
     def _fitted(self) -> Model:
-        """The model of the points known."""
-        if self._model is None:
-            self._model = Model.fitted(self.x, self.losses)
-        return self._model
+        """The model of the points known, fitted once."""
+        if self._model is None or self._model[0] is not self.x:
+            self._model = self.x, Model.fitted(self.x, self.losses)
+        return self._model[1]
 
     def favourite(self) -> FloatArray | None:
         """See `Strategy.favourite`."""

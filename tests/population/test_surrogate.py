@@ -172,6 +172,22 @@ def test_a_quarter_is_evaluated_at_least() -> None:
     assert small > 10
 
 
+def test_the_model_is_that_of_the_points_known() -> None:
+    """Also after a generation, a restart, and from a state."""
+    method = LQCMAES(sigma=0.5, restarts="ipop")
+    run = Run(turned, np.zeros(2), method, budget=900, seed=0)
+    other = Run(turned, np.zeros(2), method, budget=900, seed=1)
+    for _ in range(5):
+        other.step()
+    while run.step() is not None:
+        strategy = run.optimizer.strategy
+        fresh = Model.fitted(strategy.x, strategy.losses)
+        assert np.array_equal(strategy._fitted().coefficients, fresh.coefficients)
+    assert strategy.search.restarted
+    other.load_state_dict(run.state_dict())
+    assert np.array_equal(other.optimizer.strategy._fitted().coefficients, fresh.coefficients)
+
+
 def test_a_restart_forgets() -> None:
     run = Run(turned, np.zeros(2), LQCMAES(sigma=0.5, restarts="ipop"), budget=2000, seed=0)
     restarted = 0
