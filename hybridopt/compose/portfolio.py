@@ -32,7 +32,7 @@ class Portfolio(Several):
     They share the best point. A method that has not begun when another one lowers the loss begins there, handed what
     that one knows and it takes (`handover=point`: the point alone). A method that ended rests, and when another one
     lowers the loss after that it begins again there; one that ended by a limit of its own does not. The portfolio ends
-    when all rest.
+    when all rest. Its notes say what each method was given.
 
     `race` drops the worse half instead and shares nothing: the winner then has nearly all of a large budget.
 
@@ -105,7 +105,9 @@ class PortfolioRun(Turns):
     def _begin_again(self, i: int, leader: Member) -> None:
         """Begin at the leader's point."""
         member = self._members[i]
-        warm = leader.run.hand_over()._replace(x=self._point(leader), loss=leader.ledger.best_loss)
+        violation, loss = leader.rank
+        known = math.inf if violation > 0 else loss  # no loss to beat where a constraint is broken
+        warm = leader.run.hand_over()._replace(x=self._point(leader), loss=known)
         warm = warm.only(member.method.received)
         member.close()
         self._begun[i] += member.ledger.evaluations > 0
