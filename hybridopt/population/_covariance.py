@@ -27,7 +27,7 @@ class Constants(NamedTuple):
     weights: FloatArray
     """Shape (popsize,), by rank: the first mu sum to 1; the others are negative, or 0 unless `active`."""
     better: FloatArray
-    """The first mu of them."""
+    """Shape (popsize,): the same with 0 for the others."""
     sizes: FloatArray
     """Shape (popsize,): c_mu |weight|, times n where the weight is negative."""
     signs: FloatArray
@@ -83,7 +83,7 @@ def constants(n: int, popsize: int, kind: str, active: bool) -> Constants:
     return Constants(
         mu=mu,
         weights=weights,
-        better=weights[:mu],
+        better=np.where(weights > 0, weights, 0.0),
         sizes=c_mu * np.where(weights < 0, -n * weights, weights),
         signs=np.sign(weights),
         active=bool(weights[-1] < 0),
@@ -154,7 +154,8 @@ def _scale_rows(k: Constants, z: FloatArray, y: FloatArray) -> None:
     """Multiply each y by the root of c_mu |w_i°| (eq. 46). ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used."""
     squares = np.vecdot(z, z)
     squares[: k.mu] = 1.0
-    y *= np.sqrt(k.sizes / squares)[:, None]
+    np.divide(k.sizes, squares, out=squares)
+    y *= np.sqrt(squares, out=squares)[:, None]
 
 
 @dataclass

@@ -204,7 +204,9 @@ class Search(Strategy):
         self.z = np.empty((self.popsize, len(self.mean)))
         fill_normal(rng, self.z)
         self.y = self.shape.transform(self.z)  # eq. 39
-        return self.space.inside(self.mean + self.sigma * self._stretched(self.y))  # eq. 40
+        u = self.sigma * self._stretched(self.y)  # eq. 40
+        u += self.mean
+        return self.space.inside(u)
 
     def _stretched(self, y: FloatArray) -> FloatArray:
         return y if self.stretch is None else y * self.stretch
@@ -224,7 +226,7 @@ class Search(Strategy):
         self.medians.append(float(losses[order[self.popsize // 2]]))
         self.generation += 1
 
-        z_w, y_w = k.better.dot(z[: k.mu]), k.better.dot(y[: k.mu])  # eq. 41
+        z_w, y_w = k.better.dot(z), k.better.dot(y)  # eq. 41
         follow(self.p_sigma, k.c_sigma, k.gain_sigma, z_w)  # eq. 43
         length = dnrm2(self.p_sigma)
         usual = k.chi * math.sqrt(1 - (1 - k.c_sigma) ** (2 * self.generation))
@@ -293,12 +295,13 @@ class Search(Strategy):
             return Reason.STALLED, "the small search has spent its share"
         if self.generation % 10 == 0:
             deviations = self._deviations()
-            largest = float((deviations * self.space.scale)[self.judged].max())
+            judged = (deviations * self.space.scale)[self.judged]
+            largest = float(judged[judged.argmax()])
             if largest <= m.tolx:
                 return Reason.CONVERGED, "tolx: every weight's standard deviation is below it"
             if largest > 1e4 * self.sigma0:
                 return Reason.STALLED, "the step size grew 10000-fold: give a larger sigma, or bounds"
-            if bool((self.mean == self.mean + 0.2 * deviations)[self.judged].any()):
+            if np.count_nonzero((self.mean == self.mean + 0.2 * deviations)[self.judged]):
                 return Reason.STALLED, "a weight's standard deviation is below its rounding error"
             if math.isnan(largest):
                 return Reason.STALLED, "the condition number of the covariance is infinite"
