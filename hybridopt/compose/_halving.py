@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -151,26 +150,20 @@ class Turns:
     ) -> None:
         self.name = str(method)
         self._halving = halving
+        stands = vector.snapshot()
         self._vector = vector
         self._follows_gradients = Need.GRADIENT in method.needs | method.uses
         self._members: list[Member] = []
         entries = list(entries)
         for entry in entries:
-            with self._apart():
-                self._members.append(Member(entry, vector, len(entries) > 1))
+            self._members.append(Member(entry, vector, len(entries) > 1))
+            vector.claim(None)  # an in-place method keeps what it wrote, the next one finds what stood there
+            vector.restore(stands)
         self._alive = list(range(len(self._members)))
         self._turn = 0
         self._rung = 0
         self._share = halving.size(0)  # of each, all rungs so far together
         self._ended = self._closed = False
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """While a competitor begins: an in-place method keeps what it wrote, the next one finds what stood there."""
-        stands = self._vector.snapshot()
-        yield
-        self._vector.claim(None)
-        self._vector.restore(stands)
 
     # -- the protocol -------------------------------------------------------------------------------------------
 

@@ -112,8 +112,7 @@ class PortfolioRun(Turns):
         member.close()
         self._begun[i] += member.ledger.evaluations > 0
         seed = derive_seed(self.seed, i, self._begun[i])
-        with self._apart():
-            member.run = member.method.start(self._vector, seed, warm)
+        member.run = member.method.start(self._vector, seed, warm)
         member.received, member.reason, member.message = str(warm), None, ""
         self._known[i] = self._lowest
 

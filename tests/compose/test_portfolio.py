@@ -179,6 +179,24 @@ def test_who_rests_begins_again_where_another_one_lowered_the_loss() -> None:
     assert f"begun {len(again)} times" in result.notes[-1]
 
 
+@pytest.mark.parametrize("cut", [40, 80, 140])
+def test_who_rests_is_saved(cut: int) -> None:
+    """With how often it began: it begins again at the same moments, with the same seeds."""
+    text = "portfolio(restart(slsqp, restarts=1, sigma=0.1), random_search(popsize=1), turn=10)"
+    options: dict[str, Any] = {"x0": [1.9, 1.9], "seed": 2}
+    run, loss = start(method(text), 400, loss=Recorded(waves), **options)
+    assert finish(run).notes[-1].count("begun") == 1
+    run, first = start(method(text), 400, loss=Recorded(waves), **options)
+    for _ in range(cut):
+        run.step()
+    state = run.state_dict()
+    run.finish()
+    run, rest = start(method(text), 400, loss=Recorded(waves), **options)
+    run.load_state_dict(state)
+    finish(run)
+    assert first.path + rest.path == loss.path
+
+
 def test_who_ended_by_its_own_limit_does_not_begin_again() -> None:
     text = "portfolio(slsqp(evaluations=3), random_search(popsize=5), turn=10)"
     result, _ = portfolio(text, 400, loss=Recorded(waves), x0=[1.9, 1.9], seed=2)
