@@ -181,11 +181,11 @@ def test_who_rests_begins_again_where_another_one_lowered_the_loss() -> None:
 
 @pytest.mark.parametrize("cut", [40, 80, 140])
 def test_who_rests_is_saved(cut: int) -> None:
-    """With how often it began: it begins again at the same moments, with the same seeds."""
-    text = "portfolio(restart(slsqp, restarts=1, sigma=0.1), random_search(popsize=1), turn=10)"
+    """With what it knew when it began: it begins again at the same moments, not before."""
+    text = "portfolio(slsqp, slsqp(ftol=1e-3), random_search(popsize=1), turn=10)"
     options: dict[str, Any] = {"x0": [1.9, 1.9], "seed": 2}
     run, loss = start(method(text), 400, loss=Recorded(waves), **options)
-    assert finish(run).notes[-1].count("begun") == 1
+    assert finish(run).notes[-1].count("begun") >= 1
     run, first = start(method(text), 400, loss=Recorded(waves), **options)
     for _ in range(cut):
         run.step()
