@@ -180,9 +180,10 @@ def test_who_rests_begins_again_where_another_one_lowered_the_loss() -> None:
 
 
 @pytest.mark.parametrize("cut", [40, 80, 140])
-def test_who_rests_is_saved(cut: int) -> None:
-    """With what it knew when it began: it begins again at the same moments, not before."""
-    text = "portfolio(slsqp, slsqp(ftol=1e-3), random_search(popsize=1), turn=10)"
+@pytest.mark.parametrize("first", ["slsqp, slsqp(ftol=1e-3)", "restart(slsqp, restarts=1, sigma=0.1)"])
+def test_who_rests_is_saved(first: str, cut: int) -> None:
+    """With what it knew and how often it began: it begins again at the same moments, with the same seeds."""
+    text = f"portfolio({first}, random_search(popsize=1), turn=10)"
     options: dict[str, Any] = {"x0": [1.9, 1.9], "seed": 2}
     run, loss = start(method(text), 400, loss=Recorded(waves), **options)
     assert finish(run).notes[-1].count("begun") >= 1
