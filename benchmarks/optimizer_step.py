@@ -9,19 +9,16 @@ one for the smallest model only: its compilation takes minutes for the others). 
 wrappers: profiler range, hooks.
 
 "floor" is what a step of ours must do whatever the rule, each part called alone, the least of many times: to ask if
-lists and dicts are as they were, to ask where tensors and gradients are, to raise the version counters that autograd
-looks at, and the compiled loop itself. What is left of the whole step is Python around them (looking for hooks,
-profiler, GradScaler and torch.compile; calls). The loop of 104k weights is bound by one division and one root an
+lists and dicts are as they were, to ask where tensors and gradients are, and the compiled loop itself, which also
+raises the version counters that autograd looks at. What is left of the whole step is Python around them (looking for
+hooks, profiler, GradScaler and torch.compile; calls). The loop of 104k weights is bound by one division and one root an
 element (Adam), or by reading and writing the cache (SGD), so that it alone decides what ratio can be had there.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 import timeit
 import warnings
@@ -168,49 +165,8 @@ def floor(name: str, size: str) -> dict[str, float]:
         "step": least(optimizer.step, per),
         "lists and dicts": least(optimizer._versions.same, per),
         "tensors and gradients": least(plan.refresh, per),
-        "version counters": least(lambda: torch._C._increment_version(plan.params), per),
-        "loop": least(lambda: plan.module.run(plan.block_address), per),
+        "loop and version counters": least(lambda: plan.step(plan.block_address), per),
     }
-
-
-def seconds(code: str, repeat: int, cache: str = "") -> dict[str, float]:
-    """Of `code` in fresh processes, as it prints them."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYBRIDOPT_CACHE": cache}
-    out = [
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code], env=environment, capture_output=True, check=True
-            ).stdout
-        )
-        for _ in range(repeat)
-    ]
-    return summary(out)
-
-
-FIRST = """
-import time, torch, hybridopt.optim
-p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
-o = hybridopt.optim.{name}([p]); o.step()
-for _ in range(2):
-    begin = time.perf_counter(); o.step(); taken = time.perf_counter() - begin
-    if _ == 0 or taken > first: first = taken
-o2 = None
-print(first)
-"""
-SGD_FIRST = FIRST.replace("o.step()\nfor", "begin = time.perf_counter()\nfor")
-IMPORT = "import time; begin = time.perf_counter(); import {name}; print(time.perf_counter() - begin)"
-
-
-def first_use() -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for name in NAMES:
-        code = (SGD_FIRST if name in ("SGD", "Adagrad") else FIRST).format(name=name)
-        with tempfile.TemporaryDirectory() as cache:
-            rows[name] = {
-                "seconds": seconds(code, 1, cache)["median"],
-                "cached": seconds(code, 1, cache)["median"],
-            }
-    return rows
 
 
 def main() -> None:
@@ -240,23 +196,10 @@ def main() -> None:
         for name in ("SGD", "Adam"):
             floors.setdefault(size, {})[name] = parts = floor(name, size)
             print(f"{size}, {name}: {', '.join(f'{key} {value:.2f}' for key, value in parts.items())}")
-    print("\nfirst use, seconds (with a cache on disk)")
-    compile_times = first_use()
-    for name, row in compile_times.items():
-        print(f"{name:9s} {row['seconds']:.2f} ({row['cached']:.2f})")
-    imports = {
-        name: seconds(IMPORT.format(name=name), 5) for name in ("torch", "hybridopt", "hybridopt.optim")
-    }
-    for name, row in imports.items():
-        print(
-            f"import {name:16s} {row['median']:.2f} s, {row['median'] / imports['torch']['median']:.2f} x torch"
-        )
     content = {
         "goals": GOALS,
         "steps": rows,
         "floor": floors,
-        "first use": compile_times,
-        "import seconds": imports,
     }
     if "--write" in sys.argv:
         path = record("optimizer_step_cpu", json.loads(json.dumps(content)), "numba")
