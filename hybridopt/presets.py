@@ -29,6 +29,7 @@ class Auto(Method):
 
     - constraints: SLSQP begun again;
     - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
+    - whole-numbered weights: CMA-ES with margin, and restarts;
     - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
       weights Adam;
     - a box, with gradients or without: n + 2 evaluations tell whether the loss is a sum of functions of one weight;
@@ -81,8 +82,14 @@ def choose(objective: Objective) -> tuple[str, str]:
         return f"restart(slsqp, {again})", f"scipy.slsqp from {places}, since it keeps constraints"
     if objective.residuals is not None:
         return "restart(least_squares)", "least squares, since the residuals are known"
+    if vector.integer is not None:
+        search = "cmaes(restarts=bipop)" if n <= DENSE else _of_linear_memory(n)
+        return (
+            f"{search} until noise > cmaes",
+            "cmaes, since some weights are whole numbers, where differences see nothing",
+        )
     gradients = objective.differentiable
-    if gradients and n > MANY and vector.integer is None:
+    if gradients and n > MANY:
         return "adam", f"adam, since {n} weights have gradients"
     if gradients and n > DENSE:
         return (
@@ -96,8 +103,7 @@ def choose(objective: Objective) -> tuple[str, str]:
             "with noise cmaes",
         )
     if n > DENSE:
-        covariance = "separable" if n <= MANY else "limited"
-        return f"cmaes(covariance={covariance})", f"cmaes of O(n) memory, since {n} weights have no gradients"
+        return _of_linear_memory(n), f"cmaes of O(n) memory, since {n} weights have no gradients"
     batched = not objective.ledger.budget.limits.keys() - {"seconds"} and objective.batchable
     search = "cmaes" if n > MODELLED or batched else "lq_cmaes"
     local = f"restart(slsqp(ftol=1e-11), {again})" if boxed else "restart(slsqp(ftol=1e-11))"
@@ -115,6 +121,10 @@ def choose(objective: Objective) -> tuple[str, str]:
         f"line searches along the coordinates if the loss is a sum over them, else scipy.slsqp from {places} and "
         f"{search} side by side, since {because} and {n} weights have a box; with noise cmaes",
     )
+
+
+def _of_linear_memory(n: int) -> str:
+    return f"cmaes(covariance={'separable' if n <= MANY else 'limited'})"
 
 
 def _boxed(vector: ParameterVector) -> bool:

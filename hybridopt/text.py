@@ -244,7 +244,11 @@ class _Parser:
 
         def make() -> Method:
             limits, rest = _split(options)
-            given: dict[str, list[Any]] = {"split": [parts], "race": [tuple(inside)], "portfolio": [tuple(inside)]}
+            given: dict[str, list[Any]] = {
+                "split": [parts],
+                "race": [tuple(inside)],
+                "portfolio": [tuple(inside)],
+            }
             made = _compose(name, given.get(name, inside), rest)
             return made.limit(**limits) if limits else made
 

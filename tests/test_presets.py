@@ -54,6 +54,23 @@ def test_what_is_chosen(loss: Any, n: int, bounds: Any, budget: Any, first: str,
     method(text).start(Objective(loss, x0, budget, bounds=bounds).vector, 0).close()
 
 
+def test_whole_numbers() -> None:
+    """Differences and models see nothing between them: every evaluation but the first is of a generation."""
+    asked: list[np.ndarray] = []
+
+    def loss(x: np.ndarray) -> float:
+        asked.append(x.copy())
+        return float(((x - 3) ** 2).sum())
+
+    x0 = np.full(3, -4.0)
+    result = hybridopt.minimize(loss, x0, "auto", budget=150, bounds=BOX5, integer=True, seed=0)
+    assert "whole numbers" in result.notes[-1]
+    assert result.best_loss == 0
+    assert len({tuple(x) for x in asked[:10]}) > 6
+    text, _ = choose(Objective(values, np.zeros(400), 900, bounds=BOX, integer=True))
+    assert text == "cmaes(covariance=separable) until noise > cmaes"
+
+
 def test_residuals_and_constraints() -> None:
     def residuals(x: Tensor) -> Tensor:
         return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
