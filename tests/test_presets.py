@@ -63,7 +63,7 @@ def test_whole_numbers() -> None:
         return float(((x - 3) ** 2).sum())
 
     x0 = np.full(3, -4.0)
-    result = hybridopt.minimize(loss, x0, "auto", budget=150, bounds=BOX5, integer=True, seed=0)
+    result = hybridopt.minimize(loss, x0, "auto", budget=600, bounds=BOX5, integer=True, seed=0)
     assert "whole numbers" in result.notes[-1]
     assert result.best_loss == 0
     assert len({tuple(x) for x in asked[:10]}) > 6
