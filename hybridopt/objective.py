@@ -64,7 +64,7 @@ class Objective:
             noisy losses, their mean over a fixed batch, or a loss of data that nothing was fitted to. The
             `candidates` points of lowest loss and the method's own point are scored, and the model holds the one of
             lowest score. Each is a forward and an evaluation, which the budget keeps back for it (of seconds it
-            keeps nothing back). An exception ends a run unscored.
+            keeps nothing back). An exception ends a run unscored. Not with constraints.
         candidates: see `score`. They are copies of the weights.
         batch: how populations are evaluated. `"auto"` (default): many members in one forward
             (`torch.func.vmap`), as many as a fixed allowance of memory takes, if that tells the same losses as one
@@ -145,6 +145,11 @@ class Objective:
         )
         self._accounts = Accounts(self.ledger, nonfinite, self.evaluation)
         self.scores: Scores | None = None
+        if score is not None and constraints is not None:
+            raise ObjectiveError(
+                "score: expected a loss without constraints, since a score does not tell whether a point keeps them; "
+                "leave score= out and judge `Result.x` by hand"
+            )
         if score is not None:
             self.scores = Scores(self.evaluation, bind_loss(score, self.vector), candidates)
         self._accounts.scores = self.scores

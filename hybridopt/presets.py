@@ -37,8 +37,8 @@ class Auto(Method):
       random points, beside CMA-ES with a quadratic model (`lq_cmaes`) and restarts, the turns going to whoever lowers
       the loss. Above 40 weights CMA-ES without a model, above 300 with a diagonal or a limited memory;
     - noise: where the first evaluation drew random numbers, CMA-ES from its start instead, which names the point that
-      wins a comparison under common random numbers; Adam above 300 weights with gradients. A generator of the loss's
-      own goes unseen: then pass `keep="last"`. Nothing is changed for residuals or constraints;
+      wins a comparison under common random numbers; above 300 weights, where the loss has gradients, name `adam`. A
+      generator of the loss's own goes unseen: then pass `keep="last"`. Nothing is changed for residuals or constraints;
     - a budget of time alone, where populations may be evaluated in one forward: CMA-ES without a model, whose whole
       generations then cost about what one point does. Any other budget counts evaluations, batched or not.
 
@@ -93,8 +93,8 @@ def choose(objective: Objective) -> tuple[str, str]:
         return "adam", f"adam, since {n} weights have gradients"
     if gradients and n > DENSE:
         return (
-            "restart(lbfgsb) until noise > adam",
-            "scipy.lbfgsb from perturbed best points, since there may be gradients; with noise adam",
+            f"restart(lbfgsb) until noise > {_of_linear_memory(n)}",
+            "scipy.lbfgsb from perturbed best points, since there may be gradients; with noise cmaes of O(n) memory",
         )
     if gradients and not boxed:
         return (

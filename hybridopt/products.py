@@ -28,7 +28,8 @@ class ShortProducts(CustomGraphPass):
             a, b = node.args
             _, m, terms = a.meta["val"].shape
             size = m * terms * b.meta["val"].shape[2]
-            if a.meta["val"].device.type != "cpu" or terms > SHORT or size > SMALL:
+            like = a.meta["val"]
+            if like.device.type != "cpu" or not like.is_floating_point() or terms > SHORT or size > SMALL:
                 continue
             for factor in (a, b):  # computed once, not wherever it is read
                 factor.meta["inductor_realize_to_strides"] = True

@@ -35,7 +35,7 @@ SIDE_BY_SIDE = "scipy.slsqp from random points and {} side by side"
         (gradients, 3, None, 500, "restart(slsqp, begin_at=uniform, evaluations=50%) until noise", "the start"),
         (gradients, 3, BOX, 500, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
         (gradients, 3, BOX, "9s", "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("cmaes")),
-        (gradients, 400, BOX, 500, "restart(lbfgsb) until noise", "there may be gradients; with noise adam"),
+        (gradients, 400, BOX, 500, "restart(lbfgsb) until noise", "gradients; with noise cmaes of O(n) memory"),
         (gradients, 30_000, BOX, 500, "adam", "30000 weights have gradients"),
         (values, 3, BOX, 900, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
         (values, 3, BOX, "9s", "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
@@ -176,6 +176,17 @@ def test_noise() -> None:
     result = hybridopt.minimize(sampled, x, "auto", budget="900fe", bounds=BOX5, seed=0)
     assert [stage.method for stage in result.stages][-1] == "adam"
     assert float(((x - 0.02) ** 2).sum()) < 1e-3
+
+
+def test_noise_of_a_loss_of_many_weights_that_has_no_graph() -> None:
+    model = torch.nn.Linear(20, 20)
+
+    def loss(model: torch.nn.Module) -> float:
+        return float(model.weight.detach().square().sum() + torch.randn(()))
+
+    result = hybridopt.minimize(loss, model, "auto", budget=1200, seed=0)
+    assert result.reason is hybridopt.Reason.EVALUATIONS
+    assert [stage.method for stage in result.stages][-1] == "cmaes(covariance=separable)"
 
 
 def test_without_noise_nothing_waits() -> None:

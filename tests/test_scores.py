@@ -241,3 +241,15 @@ def test_wrong_arguments_are_named() -> None:
             hybridopt.Objective(lambda x: (x**2).sum(), start(), score=lambda x: 0.0, candidates=wrong)  # type: ignore[arg-type]
     with pytest.raises(ObjectiveError, match="expected a function"):
         hybridopt.Objective(lambda x: (x**2).sum(), start(), score=3)  # type: ignore[arg-type]
+
+
+def test_constraints_are_refused() -> None:
+    with pytest.raises(ObjectiveError, match="score: expected a loss without constraints"):
+        hybridopt.minimize(
+            lambda x: float((x**2).sum()),
+            np.ones(2),
+            "cmaes",
+            budget=50,
+            score=lambda x: 0.0,
+            constraints=lambda x: x,
+        )

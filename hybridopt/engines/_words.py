@@ -61,8 +61,9 @@ class Words:
         with global_compiler_lock:
             self._library.add_ir_module(module)
             self._library.finalize()
-        self._kept = [_Method(name.encode(), self.address(f"{name}_method"), 8, None) for name in methods]
-        self.methods = {name: _method(kept, self) for name, kept in zip(methods, self._kept, strict=True)}
+        kept = [_Method(name.encode(), self.address(f"{name}_method"), 8, None) for name in methods]
+        self.methods = {name: _method(one, self) for name, one in zip(methods, kept, strict=True)}
+        self._kept = kept  # behind `methods`, which die first
 
     def address(self, name: str) -> int:
         """Of a function, to be called from C."""

@@ -51,6 +51,8 @@ def available() -> str:
     """Empty if numba can be used, else why not."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        return "numba's compiler is switched off (NUMBA_DISABLE_JIT)"
     return ""
 
 

@@ -48,9 +48,9 @@ class CpuPlan(Plan):
                 self.block[9] = cpu.compiled(optimizer.rule, self.variant)
                 if optimizer._guarded:
                     cpu.squares(self.variant.gradient)
+                self.step = cpu.native().methods["run"]
             except cpu.Untranslatable as error:
                 raise Ineligible(str(error)) from error
-            self.step = cpu.native().methods["run"]
         self.block_address = self.block.buffer_info()[0]
 
     def _cut(self) -> array[int]:
@@ -82,7 +82,8 @@ class CpuPlan(Plan):
             for i, name in enumerate(self.extras):
                 self.hyper[self.hypers + i] = float(extras[name])
         if self.parallel and (threads := torch.get_num_threads()) > 1:
-            self.step(self._block(1).buffer_info()[0])
+            begin = self._block(1)  # held: compiled code reads it
+            self.step(begin.buffer_info()[0])
             cpu.together("run", self._block(2), threads)
         else:
             self.step(self.block_address)

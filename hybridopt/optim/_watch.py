@@ -184,14 +184,15 @@ def _place_of_version() -> tuple[int, int]:
 
     A tensor shares the counter with what is detached from it, and not with its `data`, which shares all else.
     """
-    tensors = [torch.zeros(1), torch.zeros(2), torch.nn.Parameter(torch.zeros(3))]
-    if not readable(tensors):
-        return 0, 0
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = [torch.zeros(n, device="cpu") for n in (1, 2)]
+        tensors.append(torch.nn.Parameter(torch.zeros(3, device="cpu")))
+        if not readable(tensors):
+            return 0, 0
         for t, count in zip(tensors, (3, 7, 12), strict=True):
             for _ in range(count):
                 t.add_(1)
-    for place in range(8, 192, 8):
+    for place in range(8, 96, 8):
         words = [
             [_number_at(_number_at(id(t) + 16) + place) for t in (u, u.detach(), u.data)] for u in tensors
         ]

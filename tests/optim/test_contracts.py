@@ -7,7 +7,10 @@ import gc
 import inspect
 import io
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -895,6 +898,24 @@ def test_pieces_are_stepped_once_by_torchs_threads_and_by_ours(
     monkeypatch.setattr(cpu, "_openmp", lambda: counted if openmp else None)
     assert torch.equal(_big(3, name), expected)
     assert calls == (2 if openmp else 0)  # the first step makes the states
+
+
+@pytest.mark.slow
+def test_nothing_that_a_parallel_step_reads_is_freed() -> None:
+    """In a process that overwrites freed memory."""
+    code = """
+import torch, hybridopt
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.ones(1 << 18))
+optimizer = hybridopt.optim.Adam([p])
+for step in range(1, 6):
+    p.grad = torch.ones(1 << 18)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == step, (step, optimizer.state[p]["step"])
+assert optimizer._plans[0].parallel
+"""
+    environment = {**os.environ, "PYTHONMALLOC": "debug"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_a_sum_of_squares_is_the_same_for_any_number_of_threads() -> None:
