@@ -169,14 +169,6 @@ def test_noise() -> None:
     assert result.notes[-1].rpartition(": ")[0].endswith("with noise cmaes")
     assert float(((result.x - 1) ** 2).sum()) < 0.1
 
-    def sampled(x: Tensor) -> Tensor:
-        return ((x - 0.02) ** 2).sum() + 0.1 * torch.randn(())
-
-    x = torch.zeros(400, dtype=torch.float64)
-    result = hybridopt.minimize(sampled, x, "auto", budget="900fe", bounds=BOX5, seed=0)
-    assert [stage.method for stage in result.stages][-1] == "adam"
-    assert float(((x - 0.02) ** 2).sum()) < 1e-3
-
 
 def test_noise_of_a_loss_of_many_weights_that_has_no_graph() -> None:
     model = torch.nn.Linear(20, 20)
