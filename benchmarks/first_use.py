@@ -6,8 +6,9 @@ the outcome in results/.
 Every figure is of a process of its own, ours and torch's taking turns. Modules' bytecode is there, as pip leaves it.
 
 - import: `import hybridopt` (which imports torch) ÷ `import torch`; goal 1.15.
-- first use: the steps until the compiled one has run, less as many of torch's optimizer's (which loads a part of torch
-  at its first step): with an empty cache folder, and with what the process before left there. Goal 2 s, once a machine.
+- first use: the steps until the compiled one has run, after one of torch's optimizers has stepped (the first one of a
+  process loads a part of torch): with an empty cache folder, and with what the process before left there. Goal 2 s,
+  once a machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How many targets do our swarm and our differential evolution reach, against pyswarm's and scipy's?
 
 Usage: `OMP_NUM_THREADS=1 python benchmarks/population_quality.py [--quick] [--dimensions 2 5] [--instances 3]
-[--only quality] [--workers 2] [--write]`; `--write` stores the outcome in results/. Needs ioh (`pip install --target
-DIR ioh`, then `PYTHONPATH=DIR`); the last part takes EvoTorch if it is there.
+[--workers 2] [--write]`; `--write` stores the outcome in results/. Needs ioh (`pip install --target
+DIR ioh`, then `PYTHONPATH=DIR`).
 
 Problems: the 24 noiseless BBOB functions in the box ±5, d = 2, 5, 10, 20, instances 1 to 15, with their optimal value
 subtracted (which flatters stopping rules that are relative to the loss). Ours start at a uniformly drawn point,
@@ -15,9 +15,6 @@ pairs. Goal: no interval wholly below -0.01.
 - `pyswarm`: its defaults (100 particles, coefficients 0.5, at most 100 sweeps). `pyswarm constriction`: 0.7298 and
   1.49618, with as many sweeps as the budget takes.
 - `scipy`: `differential_evolution` with its defaults, so with a final polish by L-BFGS-B.
-
-Second part: a generation of SNES (ask and tell) at n = 10^5 and 10^6, against EvoTorch's, on a loss that looks at one
-weight, with the same popsize, in float64 (as ours) and float32 (as theirs by default), one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -33,13 +30,12 @@ import ioh
 import numpy as np
 import pyswarm
 import torch
-from _measure import interleaved, record, summary
+from _measure import record
 from scipy.optimize import differential_evolution
 
 from hybridopt import Method, ParameterVector
 from hybridopt.optimizer import Answer
 from hybridopt.population.de import DifferentialEvolution
-from hybridopt.population.nes import SNES
 from hybridopt.population.pso import PSO
 
 TARGETS = 10.0 ** np.linspace(2, -8, 51)
@@ -184,70 +180,16 @@ def compare(dimensions: list[int], instances: int, workers: int) -> dict[str, An
     return {"instances": instances, "shares": means, "seconds": seconds, "differences": rows}
 
 
-def speed(sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Milliseconds of one generation of SNES."""
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    for n in sizes:
-        tasks = {f"ours n={n}": _generation(n)} | dict(_evotorch(n))
-        for name, samples in interleaved(tasks, rounds, 1).items():
-            found[name] = {key: value / 1e3 for key, value in summary(samples).items()}
-            row = found[name]
-            print(f"SNES {name:<32}{row['median']:9.1f} ms   ({row['min']:.1f} – {row['max']:.1f})")
-    return found
-
-
-def _generation(n: int) -> Callable[[], None]:
-    run = SNES(patience=10**9).start(ParameterVector(torch.zeros(n, dtype=torch.float64)), 0)
-
-    def one() -> None:
-        run.tell(Answer(losses=run.ask().x[:, 0] ** 2))
-
-    return one
-
-
-def _evotorch(n: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    try:
-        import evotorch
-        from evotorch.algorithms import SNES as THEIRS
-        from evotorch.tools.misc import set_default_logger_config
-    except ImportError as error:
-        print(f"EvoTorch is left out: {error}")
-        return
-    set_default_logger_config(logger_level=40)
-    popsize = SNES().points(n)
-    for dtype in (torch.float64, torch.float32):
-        problem = evotorch.Problem(
-            "min",
-            lambda x: x[:, 0] ** 2,
-            solution_length=n,
-            initial_bounds=(-1, 1),
-            vectorized=True,
-            dtype=dtype,
-        )
-        searcher = THEIRS(problem, stdev_init=0.5, popsize=popsize)
-        yield f"EvoTorch {str(dtype).removeprefix('torch.')} n={n}", searcher.step
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Swarm and differential evolution on BBOB; SNES per generation."
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="d = 2, 5 with 2 instances, and SNES at 10^5 only"
-    )
+    parser = argparse.ArgumentParser(description="Swarm and differential evolution on BBOB.")
+    parser.add_argument("--quick", action="store_true", help="d = 2, 5 with 2 instances")
     parser.add_argument("--instances", type=int, default=15, help="instances of each function")
     parser.add_argument("--dimensions", type=int, nargs="+", default=[2, 5, 10, 20])
-    parser.add_argument("--only", choices=["quality", "speed"], help="one of the two parts")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--write", action="store_true", help="store the outcome in results/")
     arguments = parser.parse_args()
     dimensions, instances = ([2, 5], 2) if arguments.quick else (arguments.dimensions, arguments.instances)
-    content: dict[str, Any] = {}
-    if arguments.only != "speed":
-        content |= compare(dimensions, instances, arguments.workers)
-    if arguments.only != "quality":
-        content["snes_milliseconds"] = speed((10**5,) if arguments.quick else (10**5, 10**6), 5)
+    content = compare(dimensions, instances, arguments.workers)
     if arguments.write:
         file = record("population_quality", content, "scipy", "pyswarm", "ioh")
         print(f"wrote results/{file.name}")
