@@ -39,7 +39,7 @@ def steps(kind):
     return time.perf_counter() - t, optimizer
 steps(torch.optim.Adagrad)
 told, optimizer = steps(hybridopt.optim.{})
-assert "numba" in optimizer._used, optimizer._used
+assert "llvm" in optimizer._used, optimizer._used
 print(told)
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
     folder = tempfile.mkdtemp()
     bytecode = {"PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}
     try:
-        seconds(STEPS.format("SGD"), **bytecode, HYBRIDOPT_CACHE=f"{folder}/other")  # numba's bytecode
+        seconds(STEPS.format("SGD"), **bytecode, HYBRIDOPT_CACHE=f"{folder}/other")  # bytecode
         found: dict[str, Any] = {"import": imports(asked.rounds, bytecode), "first use": {}}
         for name in asked.methods:
             empty, filled = [], []
@@ -83,7 +83,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     if asked.write:
-        record("first_use", found, "numba")
+        record("first_use", found, "llvmlite")
 
 
 def imports(rounds: int, bytecode: dict[str, str]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def main() -> None:
                     samples[key].append(spent)
         rows[f"LBFGS, {name}"] = show(f"LBFGS, {name}", samples)
     if not quick:
-        path = record("more_optim_cpu", {"rows": rows}, "numba")
+        path = record("more_optim_cpu", {"rows": rows}, "llvmlite")
         print(f"written: benchmarks/results/{path.name}")
 
 

@@ -126,7 +126,7 @@ def compare(name: str, size: str, with_compile: bool, quick: bool) -> dict[str, 
     samples = interleaved(tasks, rounds, per)
     medians = {key: summary(s)["median"] for key, s in samples.items()}
     best = min((key for key in samples if key != "ours"), key=lambda key: medians[key])
-    assert ours._used == "fused (numba)", ours
+    assert ours._used == "fused (llvm)", ours
     row: dict[str, Any] = {
         "microseconds": {key: summary(s) for key, s in samples.items()},
         "best": best,
@@ -202,7 +202,7 @@ def main() -> None:
         "floor": floors,
     }
     if "--write" in sys.argv:
-        path = record("optimizer_step_cpu", json.loads(json.dumps(content)), "numba")
+        path = record("optimizer_step_cpu", json.loads(json.dumps(content)), "llvmlite")
         print(f"\nwritten: benchmarks/results/{path.name}")
 
 

@@ -54,7 +54,7 @@ def squares(block):
 
 Its words for `run`: the next piece; how many pieces; the address of the pieces (tensor, start, count); what to do
 (0 all, 1 only the coefficients, 2 only pieces, until none is left); how many tensors; the addresses of the table, of
-the gradients' addresses, of the numbers and of room for the coefficients; the compiled rule (`_numba_source.py` says
+the gradients' addresses, of the numbers and of room for the coefficients; the compiled rule (`RuleCode` says
 what the last five are made of); words in a row of the table; coefficients of a tensor; the address of what tells
 whether a tensor begins where another ends, and is then stepped together with it: how many columns of addresses (-1:
 never), the size of the gradient's elements, of each column its place and its elements' size; the address of a block

@@ -1,8 +1,9 @@
-"""Generated modules: written to a cache folder in one move, under a name that is a digest of their text, and loaded."""
+"""What compilers read and made: in a cache folder, under a digest of all that it depends on, written in one move."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -14,27 +15,31 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Generic, TypeVar
 
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._variant import Variant
 from hybridopt.rules import Rule
 
+T = TypeVar("T")
+_CHECK = 16  # bytes
 
-class Variants:
+
+class Variants(Generic[T]):
     """Variants of rules, each made once, by one thread at a time.
 
     Args:
-        make: a variant's module; where it raises `Untranslatable`, so does every later call: a second try would take
+        make: a variant's code; where it raises `Untranslatable`, so does every later call: a second try would take
             as long.
     """
 
-    def __init__(self, make: Callable[[Rule, Variant], ModuleType]) -> None:
+    def __init__(self, make: Callable[[Rule, Variant], T]) -> None:
         self._make = make
-        self._found: dict[tuple[Rule, Variant], ModuleType | str] = {}
+        self._found: dict[tuple[Rule, Variant], T | str] = {}
         self.making = threading.Lock()
 
-    def __call__(self, rule: Rule, variant: Variant) -> ModuleType:
-        """The module of a variant."""
+    def __call__(self, rule: Rule, variant: Variant) -> T:
+        """The code of a variant."""
         key = (rule, variant)
         found = self._found.get(key)
         if found is None:
@@ -78,8 +83,23 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def kept(engine: str, name: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` gives, from disk if it is there and whole."""
+    path = cache_folder(engine) / name
+    try:
+        found = path.read_bytes()
+    except OSError:
+        found = b""
+    if found[:_CHECK] and _check(found[_CHECK:]) == found[:_CHECK]:
+        return found[_CHECK:]
+    made = make()
+    with contextlib.suppress(OSError):  # the disk is full, or the folder went away: made again next time
+        _write(path, _check(made) + made)
+    return made
+
+
 def load(source: str, engine: str, compiler: str, *versions: str, kind: str = "rule") -> ModuleType:
-    """The module made of `source`.
+    """The Python module made of `source`.
 
     Args:
         source: its text.
@@ -117,10 +137,18 @@ def failed(compiler: str, error: Exception) -> Untranslatable:
 
 
 def _written(folder: Path, name: str, source: str) -> Path:
-    """The module's file, put there in one move: other processes may be doing the same."""
     path = folder / f"{name}.py"
     if not path.exists() or path.read_text() != source:
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as scratch:
-            scratch.write(source)
-        Path(scratch.name).replace(path)
+        _write(path, source.encode())
     return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Put there in one move: other processes may be doing the same."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as scratch:
+        scratch.write(content)
+    Path(scratch.name).replace(path)
+
+
+def _check(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_CHECK).digest()

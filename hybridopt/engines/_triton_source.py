@@ -21,7 +21,7 @@ _TYPES = {
 
 
 def module_source(rule: Rule, variant: Variant, interpreted: bool) -> str:
-    """The generated module: kernels `begin` and `apply`, tables as in `_numba_source.module_source`."""
+    """The generated module: kernels `begin` and `apply`, tables as in `_cpu_code.RuleCode`."""
     conversion = _INTERPRETED if interpreted else _NATIVE
     return "\n".join(
         [

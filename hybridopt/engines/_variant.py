@@ -46,3 +46,24 @@ class Variant:
 def width(rule: Rule, variant: Variant) -> int:
     """float64 numbers that a tensor's coefficients take: the rule's, the extras, the stream of its noise."""
     return len(rule.coefficients) + len(variant.extras) + int(variant.stochastic)
+
+
+def places(rule: Rule, variant: Variant) -> tuple[int, list[str]]:
+    """Of the addresses in a row of the CPU's table: the first one's place, and their dtypes."""
+    dtypes = [variant.weight, *variant.states, *([variant.weight] if variant.kahan else [])]
+    return 1 + int(rule.counts or variant.stochastic) + len(rule.scalar_state), dtypes
+
+
+def columns(rule: Rule, variant: Variant) -> int:
+    """Words in a row of the CPU's table."""
+    first, dtypes = places(rule, variant)
+    return first + len(dtypes) + int(variant.stochastic)
+
+
+def joins(rule: Rule, variant: Variant) -> list[int]:
+    """What tells whether tensors can be stepped as one; see `STEPS` in `_driver.py`."""
+    if variant.stochastic:  # noise depends on the tensor
+        return [-1]
+    first, dtypes = places(rule, variant)
+    sizes = [number for i, dtype in enumerate(dtypes, first) for number in (i, SIZES[dtype])]
+    return [len(dtypes), SIZES[variant.gradient], *sizes]

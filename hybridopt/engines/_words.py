@@ -1,4 +1,4 @@
-"""Functions of machine words, compiled without type inference: milliseconds where numba takes seconds.
+"""Functions of machine words.
 
 For what surrounds the compiled rules: tables of addresses, memory of torch and of CPython, pieces for threads. The
 language is a part of Python with one type, int64, as B had it: `a[i]` is the word that stands i words behind the
@@ -11,26 +11,28 @@ from __future__ import annotations
 import ast
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
-from llvmlite import ir
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import cpu_target
+from llvmlite import binding, ir
+
+from hybridopt.engines._llvm import Library
 
 WORD = ir.IntType(64)
 _OPERATORS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.BitAnd: "and_"}
 _COMPARED = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+_PYTHON = {"PyLong_AsVoidPtr": 1, "PyLong_FromLongLong": 1, "PyEval_SaveThread": 0, "PyEval_RestoreThread": 1}
 _METHOD = """
 def {name}_method(module, argument):
-    return call({number}, {name}(call({address}, argument)))
+    return PyLong_FromLongLong({name}(PyLong_AsVoidPtr(argument)))
 """
 _FREE = """
 def {name}_method(module, argument):
-    address = call({address}, argument)
-    thread = call({leave})
+    address = PyLong_AsVoidPtr(argument)
+    thread = PyEval_SaveThread()
     told = {name}(address)
-    call({come_back}, thread)
-    return call({number}, told)
+    PyEval_RestoreThread(thread)
+    return PyLong_FromLongLong(told)
 """
 
 
@@ -44,30 +46,29 @@ class Words:
     """
 
     def __init__(self, source: str, methods: Mapping[str, bool]) -> None:
-        names = {
-            "address": "PyLong_AsVoidPtr",
-            "leave": "PyEval_SaveThread",
-            "come_back": "PyEval_RestoreThread",
-            "number": "PyLong_FromLongLong",
-        }
-        found = {key: _address(getattr(ctypes.pythonapi, name)) for key, name in names.items()}
-        source += "".join((_FREE if free else _METHOD).format(name=n, **found) for n, free in methods.items())
-        self._library: Any = cpu_target.target_context.codegen().create_library("words")
-        module = self._library.create_ir_module("words")
-        functions: dict[str, Any] = {}
-        for definition in ast.parse(source).body:
-            assert isinstance(definition, ast.FunctionDef)
-            _Function(module, functions, definition)
-        with global_compiler_lock:
-            self._library.add_ir_module(module)
-            self._library.finalize()
+        for name in _PYTHON:
+            binding.add_symbol(name, ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0)
+        source += "".join((_FREE if free else _METHOD).format(name=name) for name, free in methods.items())
+        self._library = Library(
+            "words", source + Path(__file__).read_text(), lambda module: _write(module, source)
+        )
         kept = [_Method(name.encode(), self.address(f"{name}_method"), 8, None) for name in methods]
         self.methods = {name: _method(one, self) for name, one in zip(methods, kept, strict=True)}
         self._kept = kept  # behind `methods`, which die first
 
     def address(self, name: str) -> int:
         """Of a function, to be called from C."""
-        return cast("int", self._library.get_pointer_to_function(name))
+        return self._library.address(name)
+
+
+def _write(module: Any, source: str) -> None:
+    functions: dict[str, Any] = {
+        name: ir.Function(module, ir.FunctionType(WORD, [WORD] * count), name)
+        for name, count in _PYTHON.items()
+    }
+    for definition in ast.parse(source).body:
+        assert isinstance(definition, ast.FunctionDef)
+        _Function(module, functions, definition)
 
 
 class _Method(ctypes.Structure):
@@ -86,10 +87,6 @@ def _method(definition: _Method, words: Words) -> Callable[[int], int]:
     make: Any = ctypes.pythonapi.PyCFunction_NewEx
     make.argtypes, make.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
     return cast("Callable[[int], int]", make(ctypes.addressof(definition), words, None))
-
-
-def _address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 class _Function:

@@ -1,35 +1,33 @@
-"""A rule as one compiled loop over all tensors on the CPU (numba), reading a table of addresses.
+"""A rule as one compiled loop over all tensors on the CPU (LLVM), reading a table of addresses.
 
 Per step and tensor nothing runs in Python but reading the gradient's address. Compiled once per machine and variant
-(rule, flags, dtype), kept on disk under a key that covers the rule's text and the compiler's versions: numba's own
-cache does not notice a rule that was edited in another file.
+(rule, flags, dtype) in a twentieth of a second, and kept on disk under a key that covers the rule's text, the
+compiler's version and the processor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from importlib.metadata import version
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from hybridopt.engines._driver import STEPS, WATCH
-from hybridopt.engines._modules import Variants, failed, load
-from hybridopt.engines._numba_source import columns, joins, module_source, squares_source
+from hybridopt.engines._modules import Variants, failed
 from hybridopt.engines._translate import Untranslatable
-from hybridopt.engines._variant import Variant, width
+from hybridopt.engines._variant import Variant, columns, joins, width
 from hybridopt.rules import Rule
 
 if TYPE_CHECKING:
+    from hybridopt.engines._llvm import Library
     from hybridopt.engines._words import Words
 
 __all__ = [
@@ -48,12 +46,8 @@ __all__ = [
 
 @functools.cache
 def available() -> str:
-    """Empty if numba can be used, else why not."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed"
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
-        return "numba's compiler is switched off (NUMBA_DISABLE_JIT)"
-    return ""
+    """Empty if LLVM can be used, else why not."""
+    return "" if importlib.util.find_spec("llvmlite") else "llvmlite is not installed"
 
 
 @functools.cache
@@ -67,19 +61,24 @@ def converts_float16() -> bool:
 
 
 def compiled(rule: Rule, variant: Variant) -> int:
-    """The address of a rule's compiled variant; see `module_source`.
+    """The address of a rule's compiled variant; see `RuleCode`.
 
     Raises:
-        Untranslatable: the rule's source is not available, uses what cannot be compiled, or numba failed.
+        Untranslatable: the rule's source is not available, uses what cannot be compiled, or LLVM failed.
     """
-    return _entry(_variants(rule, variant))
+    return _variants(rule, variant).address("run")
 
 
 @functools.cache
 def squares(dtype: str) -> int:
-    """The address of a compiled sum of squares; see `squares_source`."""
-    with _variants.making:
-        return _entry(_load(squares_source(dtype), "squares"))
+    """The address of a compiled sum of squares; see `write_squares`."""
+    with _variants.making, _compiling():
+        from hybridopt.engines._cpu_code import sources, write_squares
+        from hybridopt.engines._llvm import Library
+
+        made = Library("squares", "\n".join((dtype, *sources())), lambda module: write_squares(module, dtype))
+    _kept.append(made)
+    return made.address("squares")
 
 
 @functools.cache
@@ -87,33 +86,40 @@ def native() -> Words:
     """Compiled `run`, `squares`, `touch`, `look` and `same`; see `_driver.py`.
 
     Raises:
-        Untranslatable: numba cannot be loaded, or failed.
+        Untranslatable: LLVM cannot be loaded, or failed.
     """
-    try:
-        from hybridopt.engines._words import Words  # loads numba
+    with _compiling():
+        from hybridopt.engines._words import Words  # loads LLVM
 
         # what looks at Python's objects must be alone
-        return Words(
-            STEPS + WATCH, {"run": True, "squares": True, "touch": False, "look": False, "same": False}
-        )
-    except Exception as error:  # whatever a compiler throws, other code can still do the step
-        raise failed("numba", error) from error
+        methods = {"run": True, "squares": True, "touch": False, "look": False, "same": False}
+        return Words(STEPS + WATCH, methods)
 
 
-def _compile(rule: Rule, variant: Variant) -> ModuleType:
-    if "float16" in (variant.weight, variant.gradient, *variant.states) and not converts_float16():
-        raise Untranslatable("this processor does not convert float16")
-    return _load(module_source(rule, variant))
+def _compile(rule: Rule, variant: Variant) -> Library:
+    with _compiling():
+        if "float16" in (variant.weight, variant.gradient, *variant.states) and not converts_float16():
+            raise Untranslatable("this processor does not convert float16")
+        from hybridopt.engines._cpu_code import RuleCode
+        from hybridopt.engines._llvm import Library
+
+        code = RuleCode(rule, variant)
+        return Library("rule", code.key(), code.write)
 
 
-_variants = Variants(_compile)  # numba compiles one at a time anyway
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Whatever a compiler throws, other code can still do the step."""
+    try:
+        yield
+    except Untranslatable:
+        raise
+    except Exception as error:
+        raise failed("LLVM", error) from error
 
 
-def _load(source: str, kind: str = "rule") -> ModuleType:
-    pointers = Path(__file__).with_name("_intrinsics.py").read_text()
-    return load(
-        source, "cpu", "numba", pointers, version("numba"), version("llvmlite"), version("numpy"), kind=kind
-    )
+_variants = Variants(_compile)
+_kept: list[Library] = []
 
 
 def together(name: str, block: array[int], threads: int) -> None:
@@ -147,13 +153,6 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     function.restype = None
     return cast("Callable[[int, int, int, int], None]", function)
-
-
-def _entry(module: ModuleType) -> int:
-    """Address of a module's `run` as a C function."""
-    (found,) = module.run.overloads.values()
-    address: int = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
-    return address
 
 
 @functools.cache

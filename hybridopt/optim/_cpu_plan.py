@@ -1,4 +1,4 @@
-"""A plan that runs on the CPU, as one numba loop."""
+"""A plan that runs on the CPU, as one compiled loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNK = 1 << 16  # elements a piece of a parallel step, and of a sum
 class CpuPlan(Plan):
     """See `Plan`; the compiled loop gets the address of one block of addresses."""
 
-    engine = "numba"
+    engine = "llvm"
 
     def __init__(self, optimizer: FusedStep, index: int, kind: Kind, members: Sequence[bool]) -> None:
         super().__init__(optimizer, index, kind, members)

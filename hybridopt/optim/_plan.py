@@ -28,7 +28,7 @@ _NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in SIZES}
 _SCALARS = (torch.float32, torch.float64)
 _NOTHING: dict[str, Any] = {}
 Number: TypeAlias = float | Tensor
-ENGINES = {"cpu": "numba", "cuda": "triton"}
+ENGINES = {"cpu": "llvm", "cuda": "triton"}
 """What compiles a step on a type of device."""
 
 
@@ -315,7 +315,7 @@ def _engine(device: str) -> type[Plan]:
         Ineligible: nothing of ours does, or its compiler is not installed.
     """
     name = ENGINES.get(device)
-    if name == "numba":
+    if name == "llvm":
         from hybridopt.optim._cpu_plan import CpuPlan
 
         why: str = cpu.available()

@@ -119,7 +119,7 @@ class Gradients(Memory):
 
 @functools.cache
 def functions() -> tuple[int, ...]:
-    """Addresses of torch's functions; empty where they, numba, or CPython's objects as we know them, are missing."""
+    """Addresses of torch's functions; empty where they, LLVM, or CPython's objects as we know them, are missing."""
     if (
         cpu.available()
         or sys.implementation.name != "cpython"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch.nn import Parameter
 
 import hybridopt.optim
 from hybridopt.engines import cpu
-from hybridopt.engines._numba_source import module_source
+from hybridopt.engines._cpu_code import RuleCode
+from hybridopt.engines._modules import kept
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._variant import Variant
 from hybridopt.rules import Rule, xp
@@ -65,16 +67,20 @@ def test_key_covers_the_rules_text() -> None:
     edited = types.FunctionType(_scalars.__code__, _scalars.__globals__)
     plain = Variant(FLAGS)
     same = Rule(SGD.update, edited, SGD.state, SGD.hyper, (), False)
-    assert module_source(same, plain) == module_source(SGD, plain)
-    sources = [
-        module_source(SGD, plain),
-        module_source(SGD, replace(plain, weight="float64")),
-        module_source(SGD, replace(plain, gradient="bfloat16")),
-        module_source(SGD, replace(plain, scaled=True)),
-        module_source(SGD, replace(plain, flags=(("maximize", True), *FLAGS[1:]))),
-        module_source(Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), plain),
+    assert RuleCode(same, plain).key() == RuleCode(SGD, plain).key()
+    keys = [
+        RuleCode(rule, variant).key()
+        for rule, variant in (
+            (SGD, plain),
+            (SGD, replace(plain, weight="float64")),
+            (SGD, replace(plain, gradient="bfloat16")),
+            (SGD, replace(plain, scaled=True)),
+            (SGD, replace(plain, flags=(("maximize", True), *FLAGS[1:]))),
+            (Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), plain),
+            (replace(SGD, counts=True), plain),
+        )
     ]
-    assert len(set(sources)) == len(sources)
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.slow
@@ -92,17 +98,18 @@ def test_rule_edited_on_disk_is_compiled_anew(tmp_path: Path) -> None:
     for factor in (1, 2):
         rule.write_text(f"def update(p, g, lr):\n    return (p - lr * {factor}.0 * g,)\n")
         results.append(run(code, HYBRIDOPT_CACHE=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1"))
-    assert results == ["fused (numba) 0.5", "fused (numba) 0.0"]
-    assert len(list((tmp_path / "cache" / "cpu").glob("rule_*.py"))) == 2
+    assert results == ["fused (llvm) 0.5", "fused (llvm) 0.0"]
+    assert len(list((tmp_path / "cache" / "cpu").glob("rule_*.o"))) == 2
 
 
 def test_cache_is_used_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
-    modules = list((tmp_path / "cpu").glob("rule_*.py"))
-    compiled = list((tmp_path / "cpu").rglob("rule_*.nbc"))
-    assert len(modules) == 1
-    assert len(compiled) == 1
+    """LLVM is not asked a second time."""
+    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (llvm)"
+    refused = "import llvmlite.binding; llvmlite.binding.parse_assembly = lambda text: 1 / 0 if text else parse('')\n"
+    again = "from llvmlite.binding import parse_assembly as parse\n" + refused + STEP
+    assert run(again, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (llvm)"
+    assert "LLVM cannot compile it (ZeroDivisionError" in run(again, HYBRIDOPT_CACHE=str(tmp_path / "empty"))
+    assert len(list((tmp_path / "cpu").glob("rule_*.o"))) == 1
     assert not list((tmp_path / "cpu").glob("*.tmp"))
 
 
@@ -111,18 +118,30 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """A file stands where the folder should be: a temporary folder, gone afterwards."""
     (tmp_path / "file").write_text("")
     (tmp_path / "tmp").mkdir()
-    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp")) == "fused (numba)"
+    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp")) == "fused (llvm)"
     assert not list((tmp_path / "tmp").glob("hybridopt-*"))
 
 
-@pytest.mark.slow
-def test_damaged_module_is_written_again(tmp_path: Path) -> None:
-    run(STEP, HYBRIDOPT_CACHE=str(tmp_path))
-    (module,) = (tmp_path / "cpu").glob("rule_*.py")
-    text = module.read_text()
-    module.write_text(text.replace("p[i] = q", "p[i] = 7"))
-    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
-    assert module.read_text() == text
+@pytest.mark.parametrize(
+    "damage", [lambda code: code[:-1], lambda code: code[:20] + b"?" + code[21:], lambda code: b""]
+)
+def test_damaged_code_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    """Cut off, changed, empty: running it could do anything."""
+    monkeypatch.setenv("HYBRIDOPT_CACHE", str(tmp_path))
+    made: list[int] = []
+
+    def make() -> bytes:
+        made.append(1)
+        return bytes(range(100))
+
+    for damaged, times in ((False, 1), (False, 1), (True, 2), (False, 2)):
+        if damaged:
+            file = tmp_path / "cpu" / "rule.o"
+            file.write_bytes(damage(file.read_bytes()))
+        assert kept("cpu", "rule.o", make) == bytes(range(100))
+        assert len(made) == times
 
 
 @pytest.mark.slow
@@ -133,8 +152,8 @@ def test_two_processes_compile_at_once(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", STEP], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    assert [p.communicate(timeout=120)[0].strip() for p in processes] == ["fused (numba)"] * 3
-    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (numba)"
+    assert [p.communicate(timeout=120)[0].strip() for p in processes] == ["fused (llvm)"] * 3
+    assert run(STEP, HYBRIDOPT_CACHE=str(tmp_path)) == "fused (llvm)"
 
 
 # -- imports ------------------------------------------------------------------------------------------------
@@ -145,25 +164,25 @@ def test_import_loads_no_compiler() -> None:
     assert loaded == "False False"
 
 
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llvm(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's code; one warning, and only if fused was asked for."""
-    monkeypatch.setattr(cpu, "available", lambda: "numba is not installed")
+    monkeypatch.setattr(cpu, "available", lambda: "llvmlite is not installed")
     quiet = hybridopt.optim.RMSprop([Parameter(torch.ones(2))])
     loud = hybridopt.optim.RMSprop([Parameter(torch.ones(2))], fused=True)
     with pytest.warns(
-        RuntimeWarning, match="RMSprop: fused was asked for, but numba is not installed; torch's own"
+        RuntimeWarning, match="RMSprop: fused was asked for, but llvmlite is not installed; torch's own"
     ):
         step(loud)
     for optimizer in (quiet, loud):
         step(optimizer)
         step(optimizer)
-        assert optimizer._used == "torch's own code: numba is not installed"
+        assert optimizer._used == "torch's own code: llvmlite is not installed"
 
 
-def test_numba_that_is_broken() -> None:
-    code = STEP.replace("import sys,", "import importlib.util, sys; sys.modules['numba'] = None\nimport")
+def test_llvm_that_is_broken() -> None:
+    code = STEP.replace("import sys,", "import importlib.util, sys; sys.modules['llvmlite'] = None\nimport")
     code = code.replace("optimizer.step()", "importlib.util.find_spec = lambda name: True\noptimizer.step()")
-    assert "numba cannot compile it (ModuleNotFoundError" in run(code, HYBRIDOPT_CACHE="")
+    assert "LLVM cannot compile it (ModuleNotFoundError" in run(code, HYBRIDOPT_CACHE="")
 
 
 # -- rules it cannot express --------------------------------------------------------------------------------
@@ -193,8 +212,35 @@ def and_on_values(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
     return (xp.where((lr > 0) and (lr < 1), p - lr * g, p),)
 
 
-def does_not_type(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+def too_many_values(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
     return (p - lr * g, p)
+
+
+def no_return(p: Any, g: Any, lr: Any) -> None:
+    p = p - lr * g
+
+
+def one_value(p: Any, g: Any, lr: Any) -> Any:
+    return p - lr * g
+
+
+def remainder(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p % lr,)
+
+
+def sum_of_comparisons(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (xp.where((p > 0) & g, p, g),)
+
+
+def a_loop(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    while p > 0:
+        p = p - lr
+    return (p,)
+
+
+def unpacked(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    p, _ = (p,)
+    return (p,)
 
 
 exec("def no_source(p, g, lr): return (p - lr * g,)")
@@ -205,7 +251,13 @@ REFUSED = {
     inline_if: r"`\.\.\. if \.\.\. else \.\.\.` on a value; use xp.where",
     unknown_function: "`torch.sign`; a rule may use xp.sqrt",
     and_on_values: "`and`/`or` on values",
-    does_not_type: "numba cannot compile it",
+    too_many_values: "it returns 2 values, not 1",
+    no_return: "it does not return",
+    one_value: "a rule is assignments and a return of a tuple",
+    remainder: "the operator in `p % lr`",
+    sum_of_comparisons: "is not of comparisons",
+    a_loop: "a rule is assignments",
+    unpacked: "is not given as many values",
     globals()["no_source"]: "its source cannot be read",
 }
 
@@ -225,7 +277,7 @@ def test_infinite_and_typed_constants() -> None:
     step(optimizer)
     step(optimizer)
     assert rule.coefficients == ("lr",)
-    assert optimizer._used == "fused (numba)"
+    assert optimizer._used == "fused (llvm)"
     assert p.tolist() == [0.0, 1.0]
 
 
@@ -234,3 +286,42 @@ INFINITY = float("inf")
 
 def _constants(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
     return (xp.minimum(p - lr * g * 1, INFINITY),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_all_of_the_language_means_what_torch_does(dtype: torch.dtype) -> None:
+    """Also for nan, infinities and zeros."""
+    inf, nan = float("inf"), float("nan")
+    values = [-inf, -2.0, -1.0, -0.5, -0.0, 0.0, 0.3, 1.0, 5.0, inf, nan]
+    weights = torch.tensor(values, dtype=dtype).repeat_interleave(len(values))
+    gradients = torch.tensor(values, dtype=dtype).repeat(len(values))
+    results = []
+    for implementation in ("fused", "reference"):
+        p = Parameter(weights.clone())
+        optimizer: Any = hybridopt.optim.from_rule(_everything, defaults={"lr": 0.7}, scalars=_numbers)(
+            [p], implementation=implementation
+        )
+        for _ in range(2):
+            p.grad = gradients.clone()
+            optimizer.step()
+        results.append(p.detach())
+        assert (optimizer._used == "fused (llvm)") == (implementation == "fused")
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert results[0].isfinite().sum() > 20
+
+
+def _everything(p: Any, g: Any, lr: Any, other: Any) -> tuple[Any, ...]:
+    a, b = xp.exp(-xp.abs(p)), g
+    c = xp.log(xp.maximum(xp.fma(p, p, p * 0 + 1), a)) ** 1.5
+    c += (b > 0) * 2 - (p <= b) / 4
+    d = xp.where((p > -1) & ~(p >= 1) ^ (g == 0), xp.sqrt(xp.abs(b)), -c)
+    d = xp.where(p != 1, d, 3)
+    e = xp.where(p < 0.5, xp.sign(g), xp.minimum(+p, g))
+    told = d * lr + e - xp.where(p == 0, g * 0 + other, p) / 7
+    return (xp.where(g != g, lr, told),)
+
+
+def _numbers(step: float, lr: float) -> tuple[float, float]:
+    first = xp.where(2 < step < 3, lr, 1 - lr**step)
+    return first, xp.maximum(1, xp.minimum(step, 1.5)) * xp.sqrt(xp.exp(xp.log(step)))

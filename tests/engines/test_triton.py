@@ -97,10 +97,10 @@ def test_torchs_inputs(name: str) -> None:
     compare(name, torch.float32, reference.STEPS)
 
 
-def same_as_numba(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, **options: Any) -> None:
+def same_as_cpu(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, **options: Any) -> None:
     """Both engines, the same options: equal weights and states (bit for bit below float32)."""
     results = []
-    for engine in ("numba", "triton"):
+    for engine in ("llvm", "triton"):
         if DEVICE == "cpu":
             monkeypatch.setitem(_plan.ENGINES, "cpu", engine)
         params = [Parameter(p.detach().clone()) for p in precision.weights(dtype)[:3]]
@@ -143,7 +143,7 @@ def test_numbers_of_a_tensor_are_rounded_as_torch_stores_them(monkeypatch: pytes
 @pytest.mark.parametrize("name", [*OWN, "AdamW", "SGD"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_same_as_the_cpu_engine(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    same_as_numba(monkeypatch, name, dtype)
+    same_as_cpu(monkeypatch, name, dtype)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_same_as_the_cpu_engine(monkeypatch: pytest.MonkeyPatch, name: str, dtyp
 def test_precision_as_the_cpu_engine(
     monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:
-    same_as_numba(monkeypatch, name, torch.bfloat16, **options)
+    same_as_cpu(monkeypatch, name, torch.bfloat16, **options)
 
 
 def test_unaligned_views() -> None:

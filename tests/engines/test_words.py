@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 from hybridopt.engines._words import Words
 

@@ -135,9 +135,9 @@ def implementation_case(name: str, implementation: str) -> dict[str, Any]:
 
 
 EXPECTED = {
-    "auto": "fused (numba)",
-    "fused": "fused (numba)",
-    "fused=True": "fused (numba)",
+    "auto": "fused (llvm)",
+    "fused": "fused (llvm)",
+    "fused=True": "fused (llvm)",
     "foreach": "torch's foreach",
     "foreach=True": "torch's foreach",
     "reference": "torch's for-loop",
@@ -202,7 +202,7 @@ def test_first_use_of_each_state_is_torchs(name: str) -> None:
     run(theirs, references, grads[:1])
     assert_same(ours, theirs, params, references, 0 if name not in ("SGD", "Adagrad") else 1e-6)
     run(ours, params, grads[1:])
-    assert ours._used == "fused (numba)"
+    assert ours._used == "fused (llvm)"
 
 
 def reference(optimizer: FusedStep, p: Parameter, states: dict[str, Any]) -> None:
@@ -269,7 +269,7 @@ def test_non_finite_gradients(name: str) -> None:
                 optimizer.step()
             results.append((optimizer, [p]))
         (theirs, references), (ours, params) = results
-        assert ours._used == "fused (numba)"
+        assert ours._used == "fused (llvm)"
         for (key, x), (_, y) in zip(values(ours, params), values(theirs, references), strict=True):
             torch.testing.assert_close(
                 x, y, rtol=2e-6, atol=1e-6, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}"
@@ -293,6 +293,6 @@ def test_a_real_network() -> None:
     for name in NAMES:
         theirs, _ = train(getattr(torch.optim, name))
         ours, optimizer = train(getattr(hybridopt.optim, name))
-        assert optimizer._used == "fused (numba)"
+        assert optimizer._used == "fused (llvm)"
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4 if name == "Rprop" else 2e-5)

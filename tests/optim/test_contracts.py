@@ -41,7 +41,7 @@ NAMES = (
     "NAdam",
     "RAdam",
 )
-COMPILED = "fused (numba)"
+COMPILED = "fused (llvm)"
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # so that every class has a state
 
 

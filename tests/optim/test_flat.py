@@ -248,7 +248,7 @@ def test_whatever_happens(change: Any) -> None:
     assert_bits(case)
     weights = case[1]
     assert is_flat(case[0], weights)
-    assert case[0]._used == "fused (numba)"
+    assert case[0]._used == "fused (llvm)"
     if change is _somebody_elses_gradients:
         assert weights[0].grad.untyped_storage().nbytes() == 4 * sum(p.numel() for p in weights)
 
@@ -388,7 +388,7 @@ def test_weights_that_others_see_stay(make: Callable[[], list[Parameter]], reaso
         else:
             optimizer.step()
     assert [p.data_ptr() for p in params] == places
-    assert optimizer._used == "fused (numba)"
+    assert optimizer._used == "fused (llvm)"
 
 
 def test_what_is_not_compiled_is_not_moved() -> None:

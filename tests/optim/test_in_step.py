@@ -123,7 +123,7 @@ def test_sums_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own code steps then, and clips as well; `repr` says why."""
 
     def fail(dtype: str) -> Any:
-        raise cpu.Untranslatable("numba cannot compile it (of squares)")
+        raise cpu.Untranslatable("LLVM cannot compile it (of squares)")
 
     results = []
     for broken in (False, True):
@@ -134,7 +134,7 @@ def test_sums_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         for step in range(3):
             give(params, step)
             optimizer.step()
-        assert ("torch's own code: numba cannot compile it (of squares)" in repr(optimizer)) == broken
+        assert ("torch's own code: LLVM cannot compile it (of squares)" in repr(optimizer)) == broken
         results.append(params)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -117,7 +117,7 @@ def test_equals_the_paper(name: str, dtype: torch.dtype, tolerance: float, imple
     optimizer = make(params, implementation=implementation)
     stepped(optimizer, params, gradients())
     used = {"foreach": "the rule over lists of tensors", "reference": "the rule, tensor by tensor"}
-    assert f"-> {used.get(implementation, 'fused (numba)')}\n" in repr(optimizer)
+    assert f"-> {used.get(implementation, 'fused (llvm)')}\n" in repr(optimizer)
     for i, p in enumerate(start(torch.float64)):
         want = slow(p.detach().numpy(), [step[i] for step in gradients()])
         got = params[i].detach().double().numpy()

@@ -113,7 +113,7 @@ def test_the_compiled_loop_runs_when_asked_for(name):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-    assert "fused (numba)" in repr(optimizer)
+    assert "fused (llvm)" in repr(optimizer)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -33,7 +33,7 @@ NAMES = [
 ]
 NAMES += ["Lion", "ADOPT", "Adan"]
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "Adagrad": {"lr": 0.1}}
-COMPILED = "fused (numba)"
+COMPILED = "fused (llvm)"
 
 
 def make(name: str, params: list[Tensor], **options: Any) -> Any:

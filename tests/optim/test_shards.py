@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from hybridopt.errors import MethodError, NonFiniteLoss
 from tests.optim.test_precision import NAMES, make
 
-USED = "fused (numba), on local shards"
+USED = "fused (llvm), on local shards"
 
 
 @pytest.fixture(scope="module")

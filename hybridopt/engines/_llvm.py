@@ -1,0 +1,83 @@
+"""LLVM: a module written with `llvmlite.ir` as machine code for this processor, kept on disk."""
+
+from __future__ import annotations
+
+import ctypes.util
+import functools
+import hashlib
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, cast
+
+from llvmlite import binding, ir
+
+from hybridopt.engines._modules import kept
+
+_C_NAMES = ("exp", "expf", "log", "logf", "pow", "powf", "fma", "fmaf", "memcpy", "memset")
+
+
+class Library:
+    """Compiled functions; their code lives as long as this object.
+
+    Args:
+        kind: what they are, in the file's name.
+        key: whatever the functions depend on but LLVM's version and the processor. Under the same key another process
+            takes the code from disk.
+        write: writes them into a module.
+    """
+
+    def __init__(self, kind: str, key: str, write: Callable[[Any], None]) -> None:
+        machine = _machine()  # the engine's own from here on
+        key = "\n".join((key, version("llvmlite"), machine.triple, *_processor()))
+        digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+        code = kept("cpu", f"{kind}_{digest}.o", lambda: _compiled(machine, kind, write))
+        self._engine: Any = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Of a function, to be called from C."""
+        return cast("int", self._engine.get_function_address(name))
+
+
+def _compiled(machine: Any, kind: str, write: Callable[[Any], None]) -> bytes:
+    written: Any = ir.Module(kind)
+    written.triple = machine.triple
+    write(written)
+    module = binding.parse_assembly(str(written))
+    module.data_layout = str(machine.target_data)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = True
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return cast("bytes", machine.emit_object(module))
+
+
+def _machine() -> Any:
+    _prepare()
+    processor, features = _processor()
+    target = binding.Target.from_triple(binding.get_process_triple())
+    static = target.name.startswith("x86")  # as LLVM's loader of code wants it there
+    return target.create_target_machine(
+        cpu=processor,
+        features=features,
+        opt=3,
+        reloc="static" if static else "default",
+        codemodel="jitdefault",
+        jit=True,
+    )
+
+
+@functools.cache
+def _processor() -> tuple[str, str]:
+    return binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+
+
+@functools.cache
+def _prepare() -> None:
+    """LLVM would end the process if compiled code called what it does not find."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    if any(binding.address_of_symbol(name) is None for name in _C_NAMES):
+        binding.load_library_permanently(ctypes.util.find_library("m"))
