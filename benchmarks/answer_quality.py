@@ -27,7 +27,7 @@ evaluations; the share of the lost test accuracy that is recovered, against 300 
 
 `atoms`: Lennard-Jones clusters of 38, random starts; runs of 2e6 forward-equivalents that reach -173.9284 to 1e-3.
 Without `--methods` by basin hopping alone; takes about a quarter of an hour a run that fails, so with `--write` the
-record is rewritten after every run.
+record is rewritten after every run; `--go-on` keeps the recorded runs and goes on with the next seed.
 """
 
 from __future__ import annotations
@@ -285,8 +285,10 @@ def atoms(asked: argparse.Namespace, pool: Executor) -> dict[str, Any]:
     """Runs that find the global minimum of 38 atoms."""
     found: dict[str, Any] = {}
     for text in asked.methods or [HOPPING]:
-        runs: list[tuple[float, float]] = []
-        for seed, run in enumerate(pool.map(find_cluster, [(text, seed) for seed in range(asked.seeds)])):
+        kept = recorded("atoms").get(text, {}).get("runs", []) if asked.go_on else []
+        runs: list[tuple[float, float]] = [(loss, cost) for loss, cost in kept]
+        seeds = range(len(runs), asked.seeds)
+        for seed, run in zip(seeds, pool.map(find_cluster, [(text, seed) for seed in seeds]), strict=True):
             runs.append(run)
             hits = sum(loss <= CLUSTER + 1e-3 for loss, _ in runs)
             print(
@@ -309,10 +311,16 @@ def find_cluster(job: tuple[str, int]) -> tuple[float, float]:
     return result.best_loss, result.forward_equivalents
 
 
+def recorded(part: str = "") -> dict[str, Any]:
+    """The record, or a part of it."""
+    path = RESULTS / "answer_quality.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content.get(part, {}) if part else content
+
+
 def write(part: str, found: dict[str, Any]) -> None:
     """Put the lines of a part into the record, beside what stands there."""
-    path = RESULTS / "answer_quality.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = recorded()
     content.pop("machine", None)
     content.setdefault(part, {}).update(
         {line: {"date": time.strftime("%Y-%m-%d"), **value} for line, value in found.items()}
@@ -337,6 +345,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, nargs="+", default=[2, 5, 10])
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--go-on", action="store_true", help="of atoms: keep the recorded runs")
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     with ProcessPoolExecutor(asked.workers) as pool:

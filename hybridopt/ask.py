@@ -33,6 +33,10 @@ class Ask:
         """The gradient at `x`, whose value (with `keep_graph`) was the last question; `.gradient` may be None."""
         return self.question(Request(Kind.GRADIENT, _own(x)))
 
+    def value_and_gradient(self, x: FloatArray) -> Answer:
+        """Both at `x`, shape (n,), in one question; `.gradient` is None if the loss has no graph to the weights."""
+        return self.question(Request(Kind.VALUE_AND_GRADIENT, _own(x)))
+
     def values(self, population: FloatArray, *, probe: bool = False) -> FloatArray:
         """The losses of all rows of `population`, shape (popsize, n)."""
         losses = self.question(Request(Kind.POPULATION, _own(population), probe)).losses

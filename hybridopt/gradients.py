@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -74,8 +74,13 @@ class LossQuantity:
         """See `Quantity.rows`."""
         return self._ask.values(points, probe=True)[:, None]
 
+    def both(self, x: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+        """`value` and `slope` in one question."""
+        answer = self._ask.value_and_gradient(x)
+        return np.array([answer.loss]), None if answer.gradient is None else answer.gradient[None]
+
     def ignored(self, slope: FloatArray, names: Names) -> frozenset[str]:
-        """Tensors that no loss of interest does not depend on."""
+        """Tensors that the loss does not depend on."""
         return _flat(slope, names)
 
 
@@ -141,6 +146,8 @@ class Jacobian:
         of: what is differentiated.
         ask: for notes.
         start, mode, step, finite_start: see `Derivative`.
+        both: numbers and Jacobian at a point in one question, for a solver that always wants both; else `of` is asked
+            for the Jacobian only when the solver is.
     """
 
     def __init__(
@@ -152,8 +159,10 @@ class Jacobian:
         step: float | None = None,
         *,
         finite_start: bool = True,
+        both: Callable[[FloatArray], tuple[FloatArray, FloatArray | None]] | None = None,
     ) -> None:
         self._of = of
+        self._both = both
         self._ask = ask
         self._start = start
         self._finite_start = finite_start and not math.isfinite(start.loss)
@@ -175,12 +184,20 @@ class Jacobian:
         if self.mode == "auto":
             self._decide(x)
             return self._value.copy()
-        first = self._x is None
-        self._value = self._of.value(x, keep_graph=self.mode == "autograd")
+        self._look(x, self._both)
+        return self._value.copy()
+
+    def _look(
+        self, x: FloatArray, both: Callable[[FloatArray], tuple[FloatArray, FloatArray | None]] | None
+    ) -> None:
+        first, slope = self._x is None, None
+        if both is not None and self.mode == "autograd":
+            self._value, slope = both(x)
+        else:
+            self._value = self._of.value(x, keep_graph=self.mode == "autograd")
         if first and self._finite_start and not np.isfinite(self._value).all() and self.mode != "none":
             raise NonFiniteLoss.at_start(math.inf)
-        self._x, self._slope, self._ahead = np.array(x), None, False
-        return self._value.copy()
+        self._x, self._slope, self._ahead = np.array(x), slope, False
 
     def jac(self, x: FloatArray) -> FloatArray:
         """Their Jacobian at `x`, shape (m, n)."""
@@ -207,7 +224,8 @@ class Jacobian:
     def _decide(self, x: FloatArray) -> None:
         """Settle `auto` at the first point whose value is finite."""
         self.mode = "autograd"
-        value = self.fun(x)
+        self._look(x, None)
+        value = self._value.copy()
         if not np.isfinite(value).all():
             self.mode = "auto"
             return
@@ -290,6 +308,8 @@ class Derivative:
         step: absolute difference step in solver coordinates; None = from each weight's dtype.
         finite_start: whether a first loss that is not finite is an error, unless a predecessor found a finite one
             there (a search that only now and then follows gradients sets it to False).
+        together: the solver always wants loss and gradient of a point (L-BFGS-B, TNC): with autograd both are one
+            question, for which the budget must have room. Else the gradient is asked, and paid, when it is wanted.
     """
 
     def __init__(
@@ -300,9 +320,12 @@ class Derivative:
         step: float | None = None,
         *,
         finite_start: bool = True,
+        together: bool = False,
     ) -> None:
         self._ask = ask
-        self._loss = Jacobian(LossQuantity(ask), ask, start, mode, step, finite_start=finite_start)
+        loss = LossQuantity(ask)
+        both = loss.both if together else None
+        self._loss = Jacobian(loss, ask, start, mode, step, finite_start=finite_start, both=both)
 
     @property
     def mode(self) -> GradientMode:

@@ -62,7 +62,9 @@ class BasinHopping(BlockingMethod):
         """See `BlockingMethod.solve`."""
         from scipy.optimize import basinhopping
 
-        arguments = differentiated(Derivative(ask, start, self.gradients, finite_start=False), start)
+        arguments = differentiated(
+            Derivative(ask, start, self.gradients, finite_start=False, together=start.bounded), start
+        )
         fun = arguments.pop("fun")
         if start.bounded:
             arguments["bounds"] = start.pairs()

@@ -110,7 +110,9 @@ class DifferentialEvolution(BlockingMethod):
             )
             x, loss = r.x, r.fun
             if self.polish:  # as SciPy does, but with our gradients
-                arguments = differentiated(Derivative(ask, start, self.gradients, finite_start=False), start)
+                arguments = differentiated(
+                    Derivative(ask, start, self.gradients, finite_start=False, together=not rules), start
+                )
                 bounds = Bounds(start.lower, start.upper)
                 method = "SLSQP" if rules else "L-BFGS-B"
                 p = minimize(

@@ -82,7 +82,7 @@ def _local_search(ask: Ask, start: Start, gradients: GradientMode) -> Any:
     """SciPy's own local search (its limits on iterations included), with gradients that fit the weights."""
     from scipy.optimize import minimize
 
-    arguments = differentiated(Derivative(ask, start, gradients, finite_start=False), start)
+    arguments = differentiated(Derivative(ask, start, gradients, finite_start=False, together=True), start)
     arguments["options"]["maxiter"] = min(max(6 * start.n, 100), 1000)  # scipy 1.17 LocalSearchWrapper
 
     def search(_: Any, x0: npt.NDArray[np.float64], **__: Any) -> Any:

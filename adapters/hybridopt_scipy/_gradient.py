@@ -118,6 +118,7 @@ class LBFGSB(GradientMinimize):
 
     name: ClassVar[str] = "scipy.lbfgsb"
     solver: ClassVar[str] = "L-BFGS-B"
+    together: ClassVar[bool] = True
     uses: ClassVar[frozenset[Need]] = _BOUNDED
 
     maxcor: Count = 10
@@ -158,6 +159,7 @@ class TNC(GradientMinimize):
 
     name: ClassVar[str] = "scipy.tnc"
     solver: ClassVar[str] = "TNC"
+    together: ClassVar[bool] = True
     uses: ClassVar[frozenset[Need]] = _BOUNDED
     converged: ClassVar[frozenset[int]] = frozenset({0, 1, 2})  # by gradient, loss, weights
 

@@ -198,12 +198,15 @@ class Minimize(BlockingMethod):
 class GradientMinimize(Minimize):
     """A method of `scipy.optimize.minimize` that follows gradients."""
 
+    together: ClassVar[bool] = False
+    """See `Derivative`."""
+
     eps: Positive | None = None
     gradients: GradientMode = "auto"
 
     def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
         """See `Minimize.arguments`."""
-        d = Derivative(ask, start, self.gradients, self.eps)
+        d = Derivative(ask, start, self.gradients, self.eps, together=self.together)
         found = differentiated(d, start, self.eps)
         options = given(self, "eps", "gradients") | found["options"]
         return found | {"x0": start.x0.copy(), "options": options}
