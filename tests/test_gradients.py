@@ -523,7 +523,12 @@ class Bowl:
         if request.kind is Kind.GRADIENT:
             assert self.asked[-1] == (Kind.VALUE, x.tolist())
         self.asked.append((request.kind, x.tolist()))
-        return Answer(gradient=2 * x) if request.kind is Kind.GRADIENT else Answer(float((x**2).sum()))
+        gradient = None if request.kind is Kind.VALUE else 2 * x
+        return (
+            Answer(gradient=gradient)
+            if request.kind is Kind.GRADIENT
+            else Answer(float((x**2).sum()), None, gradient)
+        )
 
 
 @pytest.mark.parametrize("mode", ["autograd", "auto"])
@@ -546,6 +551,43 @@ def test_a_gradient_asked_before_its_value_costs_no_second_value(mode: Any) -> N
     )  # asked anew: a solver that wants the value twice gets what the loss says by now
     assert question.asked == [*pairs, (Kind.VALUE, [0.0, 0.25])]
     assert d.jac(z).tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [
+        ("autograd", [Kind.VALUE_AND_GRADIENT] * 3),
+        # the look at the first point, and at one step from it
+        ("auto", [Kind.VALUE, Kind.GRADIENT] * 2 + [Kind.VALUE_AND_GRADIENT] * 2),
+        ("none", [Kind.VALUE] * 3),
+    ],
+)
+def test_both_in_one_question(mode: Any, kinds: list[Kind]) -> None:
+    question = Bowl()
+    d = Derivative(Ask(question, []), started([1.0, 2.0]), mode, together=True)
+    for x in ([1.0, 2.0], [0.5, 0.0], [0.0, 0.25]):
+        assert d.fun(np.array(x)) == x[0] ** 2 + x[1] ** 2
+        if mode != "none":
+            for _ in range(2):
+                assert d.jac(np.array(x)).tolist() == [2 * x[0], 2 * x[1]]
+    assert [kind for kind, _ in question.asked] == kinds
+
+
+@pytest.mark.parametrize(("text", "together"), [("lbfgsb", True), ("tnc", True), ("bfgs", False)])
+def test_who_asks_for_both(monkeypatch: pytest.MonkeyPatch, text: str, together: bool) -> None:
+    """And pays for a point 3 forward-equivalents either way."""
+    kinds: list[Kind] = []
+    answer = Objective.answer
+
+    def listen(objective: Objective, request: Request) -> Answer:
+        kinds.append(request.kind)
+        return answer(objective, request)
+
+    monkeypatch.setattr(Objective, "answer", listen)
+    result = minimize(rosenbrock, torch.zeros(3).double(), f"scipy.{text}(gradients=autograd)", budget=10)
+    assert result.evaluations == 10
+    assert result.forward_equivalents == 30
+    assert (set(kinds) == {Kind.VALUE_AND_GRADIENT}) == together
 
 
 def test_a_value_asked_elsewhere_forgets_the_one_ahead() -> None:
