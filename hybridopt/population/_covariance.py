@@ -7,14 +7,17 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from scipy.linalg import solve_triangular
 from scipy.linalg.blas import daxpy, dscal, dsyr, dsyrk, dtrmm
 from scipy.linalg.lapack import dpotrf, dsyevd
 
 from hybridopt.population._base import FloatArray, Plain
+
+IntArray: TypeAlias = npt.NDArray[np.intp]
 
 FULL, SEPARABLE, LIMITED = "full", "separable", "limited"
 HISTORY = 20_000  # generations whose losses are kept
@@ -28,10 +31,8 @@ class Constants(NamedTuple):
     """Shape (popsize,), by rank: the first mu sum to 1; the others are negative, or 0 unless `active`."""
     better: FloatArray
     """Shape (popsize,): the same with 0 for the others."""
-    sizes: FloatArray
-    """Shape (popsize,): c_mu |weight|, times n where the weight is negative."""
-    signs: FloatArray
-    """Shape (popsize,): of the weights."""
+    shares: FloatArray
+    """Shape (popsize,): c_mu times the weight, and n times that where it is negative."""
     active: bool
     weight_sum: float
     mu_eff: float
@@ -84,8 +85,7 @@ def constants(n: int, popsize: int, kind: str, active: bool) -> Constants:
         mu=mu,
         weights=weights,
         better=np.where(weights > 0, weights, 0.0),
-        sizes=c_mu * np.where(weights < 0, -n * weights, weights),
-        signs=np.sign(weights),
+        shares=c_mu * np.where(weights < 0, n * weights, weights),
         active=bool(weights[-1] < 0),
         weight_sum=float(weights.sum()),
         mu_eff=mu_eff,
@@ -111,14 +111,22 @@ class Covariance(Plain, abc.ABC):
 
     @abc.abstractmethod
     def adapt(
-        self, k: Constants, z: FloatArray, y: FloatArray, z_w: FloatArray, y_w: FloatArray, h_sigma: bool
+        self,
+        k: Constants,
+        order: IntArray,
+        z: FloatArray,
+        y: FloatArray,
+        z_w: FloatArray,
+        y_w: FloatArray,
+        h_sigma: bool,
     ) -> None:
         """Make the steps of a generation's better half more likely.
 
         Args:
             k: weights and rates.
-            z: shape (popsize, n), normal numbers, best first.
-            y: shape (popsize, n), the steps made of them; overwritten.
+            order: shape (popsize,), which row is the best, the second, ...
+            z: shape (popsize, n), normal numbers.
+            y: shape (popsize, n), the steps made of them; may be overwritten.
             z_w, y_w: shape (n,), their weighted means.
             h_sigma: False where p_sigma is so long that p_c should not follow yet.
         """
@@ -150,12 +158,12 @@ def _shrinkage(k: Constants, h_sigma: bool) -> float:
     return 1 + k.c_1 * late - k.c_1 - k.c_mu * k.weight_sum
 
 
-def _scale_rows(k: Constants, z: FloatArray, y: FloatArray) -> None:
-    """Multiply each y by the root of c_mu |w_i°| (eq. 46). ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used."""
-    squares = np.vecdot(z, z)
+def _shares(k: Constants, order: IntArray, z: FloatArray) -> FloatArray:
+    """c_mu w_i°, what each y yᵀ counts in C, by rank (eq. 46). ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used."""
+    squares = np.vecdot(z, z).take(order)
     squares[: k.mu] = 1.0
-    np.divide(k.sizes, squares, out=squares)
-    y *= np.sqrt(squares, out=squares)[:, None]
+    shares: FloatArray = k.shares / squares
+    return shares
 
 
 @dataclass
@@ -187,11 +195,19 @@ class Full(Covariance):
         return y
 
     def adapt(
-        self, k: Constants, z: FloatArray, y: FloatArray, z_w: FloatArray, y_w: FloatArray, h_sigma: bool
+        self,
+        k: Constants,
+        order: IntArray,
+        z: FloatArray,
+        y: FloatArray,
+        z_w: FloatArray,
+        y_w: FloatArray,
+        h_sigma: bool,
     ) -> None:
         """See `Covariance.adapt`: n² popsize operations in place."""
         follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, y_w)  # eq. 45
-        _scale_rows(k, z, y)
+        y = y.take(order, 0)
+        y *= np.sqrt(np.abs(_shares(k, order, z)))[:, None]
         # eq. 47; the transposes are what Fortran calls a matrix and its lower triangle
         C = dsyrk(1.0, y[: k.mu].T, _shrinkage(k, h_sigma), self.C.T, 0, 1, 1)
         C = dsyr(k.c_1, self.p_c, 1, 1, 0, len(C), C, 1)
@@ -259,13 +275,21 @@ class Separable(Covariance):
         return y
 
     def adapt(
-        self, k: Constants, z: FloatArray, y: FloatArray, z_w: FloatArray, y_w: FloatArray, h_sigma: bool
+        self,
+        k: Constants,
+        order: IntArray,
+        z: FloatArray,
+        y: FloatArray,
+        z_w: FloatArray,
+        y_w: FloatArray,
+        h_sigma: bool,
     ) -> None:
         """See `Covariance.adapt`: the diagonal of eq. 47."""
         follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, y_w)
-        _scale_rows(k, z, y)
-        squares = np.square(y, out=y)
-        self.variances = _shrinkage(k, h_sigma) * self.variances + k.c_1 * self.p_c**2 + k.signs @ squares
+        shares = np.empty(len(order))
+        shares[order] = _shares(k, order, z)
+        change = shares @ np.square(y, out=y)
+        self.variances = _shrinkage(k, h_sigma) * self.variances + k.c_1 * self.p_c**2 + change
 
     def deviations(self) -> FloatArray:
         """See `Covariance.deviations`."""
@@ -321,7 +345,14 @@ class Limited(Covariance):
         return a, T
 
     def adapt(
-        self, k: Constants, z: FloatArray, y: FloatArray, z_w: FloatArray, y_w: FloatArray, h_sigma: bool
+        self,
+        k: Constants,
+        order: IntArray,
+        z: FloatArray,
+        y: FloatArray,
+        z_w: FloatArray,
+        y_w: FloatArray,
+        h_sigma: bool,
     ) -> None:
         """See `Covariance.adapt`: line 18."""
         popsize, n = z.shape

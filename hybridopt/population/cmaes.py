@@ -217,8 +217,8 @@ class Search(Strategy):
         assert self.y is not None
         k = constants(len(self.mean), self.popsize, self.method.covariance, self.method.active)
         order = losses.argsort(kind="stable")
-        y, self.y = self.y.take(order, 0), None
-        z, self.z = self.z.take(order, 0), None
+        y, self.y = self.y, None
+        z, self.z = self.z, None
         best = float(losses[order[0]])
         if best < self.best_loss:
             self.best_loss, self.best_x = best, x[order[0]].copy()
@@ -226,12 +226,14 @@ class Search(Strategy):
         self.medians.append(float(losses[order[self.popsize // 2]]))
         self.generation += 1
 
-        z_w, y_w = k.better.dot(z), k.better.dot(y)  # eq. 41
+        better = np.empty(self.popsize)
+        better[order] = k.better
+        z_w, y_w = better.dot(z), better.dot(y)  # eq. 41
         follow(self.p_sigma, k.c_sigma, k.gain_sigma, z_w)  # eq. 43
         length = dnrm2(self.p_sigma)
         usual = k.chi * math.sqrt(1 - (1 - k.c_sigma) ** (2 * self.generation))
         h_sigma = length < (1.4 + 2 / (len(self.mean) + 1)) * usual
-        self.shape.adapt(k, z, y, z_w, y_w, h_sigma)  # eq. 45-47
+        self.shape.adapt(k, order, z, y, z_w, y_w, h_sigma)  # eq. 45-47
         growth = math.exp(k.c_sigma / k.d_sigma * (length / k.chi - 1))  # eq. 44
         if self.rate_mean is None:
             daxpy(self._stretched(y_w), self.mean, len(y_w), self.sigma)  # eq. 42
