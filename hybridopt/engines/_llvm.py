@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 from llvmlite import binding, ir
@@ -21,14 +22,15 @@ class Library:
 
     Args:
         kind: what they are, in the file's name.
-        key: whatever the functions depend on but LLVM's version and the processor. Under the same key another process
-            takes the code from disk.
+        key: whatever the functions depend on but LLVM's version, the processor and this file. Under the same key
+            another process takes the code from disk.
         write: writes them into a module.
     """
 
     def __init__(self, kind: str, key: str, write: Callable[[Any], None]) -> None:
         machine = _machine()  # the engine's own from here on
-        key = "\n".join((key, version("llvmlite"), machine.triple, *_processor()))
+        here = Path(__file__).read_text()
+        key = "\n".join((key, here, version("llvmlite"), machine.triple, *_processor()))
         digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         code = kept("cpu", f"{kind}_{digest}.o", lambda: _compiled(machine, kind, write))
         self._engine: Any = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
