@@ -14,7 +14,7 @@ import importlib.util
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, cast
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Untranslatable",
+    "at_once",
     "available",
     "columns",
     "compiled",
@@ -136,11 +137,19 @@ def together(name: str, block: array[int], threads: int) -> None:
     elif (begin := _openmp()) is not None:
         begin(native().address(name), address, threads, 0)
     else:
-        others = [pool(threads - 1).submit(run, address) for _ in range(threads - 1)]
-        try:
-            run(address)
-        finally:  # nobody may free this memory while a thread writes to it
-            wait(others)
+        at_once([functools.partial(run, address)] * threads)
+
+
+def at_once(tasks: Sequence[Callable[[], object]]) -> None:
+    """Run each in a thread of its own, the first in the caller's."""
+    first, *rest = tasks
+    others = [pool(len(rest)).submit(task) for task in rest]
+    try:
+        first()
+    finally:  # nobody may free their memory while they write to it
+        wait(others)
+    for other in others:
+        other.result()
 
 
 @functools.cache

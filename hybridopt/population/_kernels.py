@@ -66,19 +66,20 @@ def _box_muller(radius: Any, angle: Any, x: Any, y: Any) -> None:
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def normal(keys: Any, mean: Any, std: Any, out: Any) -> None:
-    """Normal numbers into `out`, shape (rows, n), of which each row has two keys, shape (rows, 2).
+def normal(keys: Any, mean: Any, std: Any, out: Any, first: int, last: int) -> None:
+    """Normal numbers into columns of `out`, shape (rows, n), of which each row has two keys, shape (rows, 2).
 
-    `mean` and `std`, shape (n,), are added and multiplied in the same pass; empty = 0 and 1.
+    `mean` and `std`, shape (n,), are added and multiplied in the same pass; empty = 0 and 1. `first` is a multiple of
+    2048.
     """
     radius, angle = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     rest = np.empty(2 * _BLOCK)
     for k in range(len(out)):
         row = out[k]  # contiguous, which the compiler does not see of out[k, begin:end]
-        for begin in range(0, len(row), 2 * _BLOCK):
+        for begin in range(first, last, 2 * _BLOCK):
             _hash(begin // 2, keys[k, 0], radius)
             _hash(begin // 2, keys[k, 1], angle)
-            part = row[begin : begin + 2 * _BLOCK]
+            part = row[begin : min(begin + 2 * _BLOCK, last)]
             whole = part if len(part) == 2 * _BLOCK else rest
             _box_muller(radius, angle, whole[:_BLOCK], whole[_BLOCK:])
             if len(part) < 2 * _BLOCK:
@@ -90,13 +91,19 @@ def normal(keys: Any, mean: Any, std: Any, out: Any) -> None:
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def moments(x: Any, mu: Any, sigma: Any, weights: Any, first: Any, second: Any) -> None:
-    """Add to `first` and `second`, shape (n,), the sums over the rows of `x` of w z and w z², z = (x - mu) / sigma."""
-    for begin in range(0, len(mu), _BLOCK):  # what a block of columns sums up stays in the cache
-        m, s = mu[begin : begin + _BLOCK], sigma[begin : begin + _BLOCK]
-        a, b = first[begin : begin + _BLOCK], second[begin : begin + _BLOCK]
+def moments(
+    x: Any, mu: Any, sigma: Any, weights: Any, sums: Any, squares: Any, first: int, last: int
+) -> None:
+    """Add to columns of `sums` and `squares`, shape (n,), those of w z and w z² over the rows of `x`.
+
+    z = (x - mu) / sigma.
+    """
+    for begin in range(first, last, _BLOCK):  # what a block of columns sums up stays in the cache
+        end = min(begin + _BLOCK, last)
+        m, s = mu[begin:end], sigma[begin:end]
+        a, b = sums[begin:end], squares[begin:end]
         for k in range(len(x)):
-            row, weight = x[k][begin : begin + _BLOCK], weights[k]
+            row, weight = x[k][begin:end], weights[k]
             for i in range(len(m)):
                 z = (row[i] - m[i]) / s[i]
                 weighted = z * weight

@@ -5,17 +5,22 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 
 from hybridopt.engines._modules import load
 from hybridopt.engines._translate import Untranslatable
+from hybridopt.engines.cpu import at_once
 from hybridopt.population._base import FloatArray
 
 MANY = 4096
 """From so many weights on it is worth loading a compiler (2 s once a machine, then .3 s a process)."""
+PARALLEL_FROM = 1 << 18  # numbers; below, waking a thread costs more than it saves
+PIECE = 2048  # columns; of whole pieces a thread draws what one alone would
 _NOTHING: FloatArray = np.empty(0)
 
 
@@ -37,7 +42,8 @@ def fill_normal(
             out += mean
     else:
         keys = rng.integers(2**32, size=(len(out), 2), dtype=np.uint32)
-        kernels.normal(keys, _NOTHING if mean is None else mean, _NOTHING if std is None else std, out)
+        given = (keys, _NOTHING if mean is None else mean, _NOTHING if std is None else std, out)
+        _in_parts(out, lambda first, last: kernels.normal(*given, first, last))
 
 
 def weighted_moments(
@@ -51,7 +57,8 @@ def weighted_moments(
     first, second = np.zeros_like(mu), np.zeros_like(mu)
     kernels = _kernels() if len(mu) >= MANY else None
     if kernels is not None:
-        kernels.moments(x, mu, sigma, weights, first, second)
+        given = (x, mu, sigma, weights, first, second)
+        _in_parts(x, lambda begin, end: kernels.moments(*given, begin, end))
         return first, second
     z, weighted = np.empty_like(mu), np.empty_like(mu)
     for row, weight in zip(x, weights, strict=True):
@@ -62,6 +69,13 @@ def weighted_moments(
         weighted *= z
         second += weighted
     return first, second
+
+
+def _in_parts(x: FloatArray, run: Callable[[int, int], None]) -> None:
+    """`run(first, last)` for all columns of `x`, by as many threads as torch uses; the bits do not depend on them."""
+    n, threads = x.shape[1], torch.get_num_threads() if x.size >= PARALLEL_FROM else 1
+    width = -(-n // (threads * PIECE)) * PIECE
+    at_once([functools.partial(run, first, min(first + width, n)) for first in range(0, n, width)])
 
 
 class Room:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,28 @@ def test_the_seed_decides_and_every_place_is_written() -> None:
         np.testing.assert_array_equal(z[:, :MANY], drawn(2, MANY), "a place's number does not depend on n")
         assert (z != drawn(2, n, seed=1)).mean() > 0.999
         assert len(np.unique(z)) > 0.999 * z.size
+
+
+@pytest.mark.parametrize("n", [MANY, 6144, 9217])
+def test_the_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    rng = np.random.default_rng(0)
+    x, mu, sigma = rng.normal(size=(7, n)), rng.normal(size=n), rng.uniform(0.1, 2, n)
+    results, seen = [], set[int]()
+    monkeypatch.setattr(_large, "PARALLEL_FROM", 1)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 64):
+            torch.set_num_threads(threads)
+            z = np.full((7, n), np.nan)
+            fill_normal(np.random.default_rng(1), z, mu, sigma)
+            results.append((z, *weighted_moments(x, mu, sigma, mu[:7])))
+            _large._in_parts(z, lambda first, last: seen.add(threading.get_ident()))
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) > 1
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_one_call_or_one_for_each_row() -> None:
