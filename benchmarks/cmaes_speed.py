@@ -2,7 +2,7 @@
 
 Run: OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/cmaes_speed.py [--quick] [--only many]
 
-Of few weights each side is measured with 1 thread and with one for each core, in turn, and stands with its better one.
+Each side is measured with 1 thread and with one for each core, in turn, and stands with its better one.
 
 pycma comes with hybridopt; `cmaes` and `evotorch` (which wants ray) are measured where they are installed. All minimise
 the same ellipsoid from the same start with the same popsize, in turn in one process; only asking and telling is timed.
@@ -22,7 +22,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cma
@@ -155,6 +155,30 @@ def stepped(
     return generations
 
 
+Samples = dict[str, dict[int, list[float]]]
+"""Of each task, by its number of threads."""
+
+
+def in_turn() -> Iterator[int]:
+    """The numbers of threads, set while the loop's body runs."""
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        with threadpool_limits(threads):
+            yield threads
+    torch.set_num_threads(1)
+
+
+def best_of_threads(name: str, found: dict[int, list[float]]) -> dict[str, float]:
+    """What a task takes with the number of threads that is best for it; printed with the others."""
+    by_threads = {threads: summary(samples) for threads, samples in found.items()}
+    best = min(THREADS, key=lambda threads: by_threads[threads]["median"])
+    others = ", ".join(f"{t}: {by_threads[t]['median']:.1f}" for t in THREADS if t != best)
+    told = by_threads[best]
+    spread = f"({told['min']:.1f} – {told['max']:.1f})"
+    print(f"  {name:22s} {told['median']:12.1f} {spread:24s} threads {best} ({others})")
+    return {"threads": best, **told}
+
+
 FEW = 100  # weights that the loss of the large problems looks at: evaluating is part of EvoTorch's step
 
 
@@ -176,20 +200,19 @@ def many_weights(quick: bool) -> dict[str, Any]:
         if importlib.util.find_spec("evotorch") is not None:
             tasks["evotorch snes float64"] = evotorch_snes(d, popsize, torch.float64)
             tasks["evotorch snes float32"] = evotorch_snes(d, popsize, torch.float32)
-        turns = {name: (lambda task=task: task(2)) for name, task in tasks.items()}
-        seen: dict[str, list[float]] = {name: [] for name in tasks}
+        seen: Samples = {name: {count: [] for count in THREADS} for name in tasks}
         for round_ in range(rounds + 1):
-            for name, turn in turns.items():
-                milli = turn() / 2 * 1e3
-                if round_:
-                    seen[name].append(milli)
+            for threads in in_turn():
+                for name, task in tasks.items():
+                    milli = task(2) / 2 * 1e3
+                    if round_:
+                        seen[name][threads].append(milli)
         print(f"\n{d} weights, popsize {popsize}; milliseconds per generation")
-        row = {name: summary(samples) for name, samples in seen.items()}
-        for name, found in row.items():
-            print(f"  {name:22s} {found['median']:9.1f}   ({found['min']:.1f} – {found['max']:.1f})")
+        row = {name: best_of_threads(name, found) for name, found in seen.items()}
+        best = {name: seen[name][found["threads"]] for name, found in row.items()}
         times = {
-            name: ratio(seen["snes"], samples)
-            for name, samples in seen.items()
+            name: ratio(best["snes"], samples)
+            for name, samples in best.items()
             if name.startswith("evotorch")
         }
         for name, found in times.items():
@@ -213,34 +236,24 @@ def few_weights(quick: bool) -> dict[str, Any]:
         per = {10: 50, 100: 20, 1000: 10}[d]
         rounds = 5 if quick else 11
         tasks = {"ours": ours(d, popsize), **{name: make(d, popsize) for name, make in peers.items()}}
-        seen: dict[str, dict[int, list[float]]] = {name: {count: [] for count in THREADS} for name in tasks}
+        seen: Samples = {name: {count: [] for count in THREADS} for name in tasks}
         for round_ in range(rounds + 1):
-            for threads in THREADS:
-                torch.set_num_threads(threads)
-                with threadpool_limits(threads):
-                    for name, task in tasks.items():
-                        samples = seen[name][threads]
-                        slow = len(samples) > 0 and min(samples) > 2e5
-                        if slow and len(samples) >= 2:  # so long a generation: two samples tell enough
-                            continue
-                        count = 1 if slow or (name != "ours" and d == 1000 and round_ == 0) else per
-                        micro = task(count) / count * 1e6
-                        if round_ or d == 1000:  # the first round warms up
-                            samples.append(micro)
+            for threads in in_turn():
+                for name, task in tasks.items():
+                    samples = seen[name][threads]
+                    slow = len(samples) > 0 and min(samples) > 2e5
+                    if slow and len(samples) >= 2:  # so long a generation: two samples tell enough
+                        continue
+                    count = 1 if slow or (name != "ours" and d == 1000 and round_ == 0) else per
+                    micro = task(count) / count * 1e6
+                    if round_ or d == 1000:  # the first round warms up
+                        samples.append(micro)
         print(f"\n{d} weights, popsize {popsize}; microseconds per generation")
-        row: dict[str, Any] = {}
-        for name, found in seen.items():
-            by_threads = {threads: summary(samples) for threads, samples in found.items()}
-            best_threads = min(THREADS, key=lambda threads: by_threads[threads]["median"])
-            row[name] = {"threads": best_threads, **by_threads[best_threads]}
-            others = ", ".join(f"{t}: {by_threads[t]['median']:.1f}" for t in THREADS if t != best_threads)
-            spread = f"({row[name]['min']:.1f} – {row[name]['max']:.1f})"
-            print(f"  {name:10s} {row[name]['median']:12.1f} {spread:24s} threads {best_threads} ({others})")
+        row = {name: best_of_threads(name, found) for name, found in seen.items()}
         best = min((name for name in row if name != "ours"), key=lambda name: row[name]["median"])
         times = row[best]["median"] / row["ours"]["median"]
         print(f"  {times:.1f} × faster than {best}; goal {goal:g}")
         rows[f"{d}x{popsize}"] = {"microseconds": row, "best_peer": best, "times_faster": times, "goal": goal}
-    torch.set_num_threads(1)
     return {"generation": rows}
 
 
