@@ -309,7 +309,9 @@ class Derivative:
         finite_start: whether a first loss that is not finite is an error, unless a predecessor found a finite one
             there (a search that only now and then follows gradients sets it to False).
         together: the solver always wants loss and gradient of a point (L-BFGS-B, TNC): with autograd both are one
-            question, for which the budget must have room. Else the gradient is asked, and paid, when it is wanted.
+            question, for which the budget must have room, and a gradient that is not finite is as a loss that is not:
+            an error at the start, a rejected point later. Else the gradient is asked, and paid, when it is wanted,
+            and one that is not finite ends the run.
     """
 
     def __init__(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
-from hybridopt.engines import _equation, _noise
+from hybridopt.engines import _noise
 from hybridopt.engines._equation import DOUBLE, FLOATS, HALF, SINGLE, Equation, convert
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines._variant import SIZES, Variant, columns, places, width
@@ -41,16 +40,6 @@ class RuleCode:
         self.scalars = None if rule.scalars is None else Equation(rule.scalars, {}, casts)
         self.active = rule.active(dict(variant.flags))
         self.compute = FLOATS[variant.compute]
-
-    def key(self) -> str:
-        """What the code depends on."""
-        equations = (self.update, self.scalars)
-        texts = [equation.text for equation in equations if equation is not None]
-        return "\n".join([*texts, repr(self.variant), repr(self._facts()), *sources()])
-
-    def _facts(self) -> tuple[Any, ...]:
-        rule = self.rule
-        return rule.state, rule.hyper, rule.scalar_state, rule.counts, len(rule.coefficients)
 
     def write(self, module: Any) -> None:
         """Into a module."""
@@ -219,13 +208,6 @@ def write_squares(module: Any, dtype: str) -> None:
         a = [build.fadd(x, y) for x, y in zip(a[::2], a[1::2], strict=True)]
     build.store(a[0], _pointer(build, out, DOUBLE))
     build.ret_void()
-
-
-def sources() -> tuple[str, ...]:
-    """Texts of what writes the code."""
-    from hybridopt.engines import _cpu_code
-
-    return inspect.getsource(_cpu_code), inspect.getsource(_equation)
 
 
 def _loop(function: Any, count: Any, body: Callable[[Any, Any], None], build: Any = None) -> Any:

@@ -41,8 +41,7 @@ class Equation:
     def __init__(
         self, function: Callable[..., Any], flags: Mapping[str, bool], casts: Mapping[str, Any]
     ) -> None:
-        self.text = "\n".join(translate(function, "equation", flags, ""))
-        (definition,) = ast.parse(self.text).body
+        (definition,) = ast.parse("\n".join(translate(function, "equation", flags, ""))).body
         assert isinstance(definition, ast.FunctionDef)
         self._body = definition.body
         self._names = [argument.arg for argument in definition.args.args]
@@ -109,8 +108,8 @@ class _Body:
 
     def value(self, node: ast.expr) -> Any:
         match node:
-            case ast.Constant(value=float(number)):
-                return self.kind(number)
+            case ast.Constant(value=float(number) | bool(number)):  # a flag may be a factor
+                return self.kind(float(number))
             case ast.Name(id=name) if name in self.names:
                 return self.names[name]
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -128,7 +127,7 @@ class _Body:
         raise Untranslatable(f"`{ast.unparse(node)}`")
 
     def number(self, x: Any) -> Any:
-        """A comparison's outcome as 0 or 1, as Python and torch take it."""
+        """A comparison's outcome as 0 or 1."""
         return self.build.uitofp(x, self.kind) if x.type == BIT else x
 
     def bit(self, x: Any, node: ast.expr) -> Any:
@@ -139,12 +138,23 @@ class _Body:
     def binary(self, node: ast.expr, op: ast.operator, left: Any, right: Any) -> Any:
         if type(op) in _LOGIC:
             return getattr(self.build, _LOGIC[type(op)])(self.bit(left, node), self.bit(right, node))
+        if left.type == right.type == BIT and isinstance(op, ast.Add | ast.Sub):  # torch's True + True is 1
+            raise Untranslatable(f"`{ast.unparse(node)}`, a sum of comparisons; use xp.where")
         left, right = self.number(left), self.number(right)
+        if isinstance(op, ast.Mod):
+            return self.remainder(left, right)
         if type(op) in _ARITHMETIC:
             return getattr(self.build, _ARITHMETIC[type(op)])(left, right)
         if isinstance(op, ast.Pow):
             return self.intrinsic("llvm.pow", left, right)
         raise Untranslatable(f"the operator in `{ast.unparse(node)}`")
+
+    def remainder(self, a: Any, b: Any) -> Any:
+        """With the sign of the divisor, as in Python and torch."""
+        zero, r = self.kind(0.0), self.build.frem(a, b)
+        signs = [self.build.fcmp_ordered("<", x, zero) for x in (r, b)]
+        other = self.build.and_(self.build.fcmp_ordered("!=", r, zero), self.build.xor(*signs))
+        return self.build.select(other, self.build.fadd(r, b), r)
 
     def compare(self, left: Any, ops: list[ast.cmpop], others: list[Any]) -> Any:
         """`a < b < c` holds where both do."""
@@ -164,7 +174,9 @@ class _Body:
             case "_where", [condition, a, b]:
                 if condition.type != BIT:
                     condition = self.build.fcmp_unordered("!=", condition, self.kind(0.0))
-                return self.build.select(condition, self.number(a), self.number(b))
+                if not a.type == b.type == BIT:
+                    a, b = self.number(a), self.number(b)
+                return self.build.select(condition, a, b)
             case "_fma", [a, b, c]:
                 return self.intrinsic("llvm.fma", *map(self.number, (a, b, c)))
             case (("_maximum" | "_minimum"), [a, b]):

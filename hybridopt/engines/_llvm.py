@@ -7,13 +7,14 @@ import functools
 import hashlib
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 from llvmlite import binding, ir
 
 from hybridopt.engines._modules import kept
 
+_PASSES = {"speed_level": 3, "loop_vectorization": True}
+_MACHINE: dict[str, Any] = {"opt": 3, "codemodel": "jitdefault", "jit": True}
 _C_NAMES = ("exp", "expf", "log", "logf", "pow", "powf", "fma", "fmaf", "memcpy", "memset")
 
 
@@ -22,17 +23,19 @@ class Library:
 
     Args:
         kind: what they are, in the file's name.
-        key: whatever the functions depend on but LLVM's version, the processor and this file. Under the same key
-            another process takes the code from disk.
         write: writes them into a module.
     """
 
-    def __init__(self, kind: str, key: str, write: Callable[[Any], None]) -> None:
+    def __init__(self, kind: str, write: Callable[[Any], None]) -> None:
         machine = _machine()  # the engine's own from here on
-        here = Path(__file__).read_text()
-        key = "\n".join((key, here, version("llvmlite"), machine.triple, *_processor()))
+        module = ir.Module(kind)
+        module.triple = machine.triple
+        write(module)
+        text = str(module)
+        # the instructions themselves, not what wrote them: a file may be replaced while a process lives
+        key = "\n".join((text, version("llvmlite"), machine.triple, *_processor(), repr((_PASSES, _MACHINE))))
         digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-        code = kept("cpu", f"{kind}_{digest}.o", lambda: _compiled(machine, kind, write))
+        code = kept("cpu", f"{kind}_{digest}.o", lambda: _compiled(machine, text))
         self._engine: Any = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
         self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
@@ -42,15 +45,13 @@ class Library:
         return cast("int", self._engine.get_function_address(name))
 
 
-def _compiled(machine: Any, kind: str, write: Callable[[Any], None]) -> bytes:
-    written: Any = ir.Module(kind)
-    written.triple = machine.triple
-    write(written)
-    module = binding.parse_assembly(str(written))
+def _compiled(machine: Any, text: str) -> bytes:
+    module = binding.parse_assembly(text)
     module.data_layout = str(machine.target_data)
     module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = True
+    options = binding.create_pipeline_tuning_options()
+    for name, value in _PASSES.items():
+        setattr(options, name, value)
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
     return cast("bytes", machine.emit_object(module))
@@ -61,14 +62,8 @@ def _machine() -> Any:
     processor, features = _processor()
     target = binding.Target.from_triple(binding.get_process_triple())
     static = target.name.startswith("x86")  # as LLVM's loader of code wants it there
-    return target.create_target_machine(
-        cpu=processor,
-        features=features,
-        opt=3,
-        reloc="static" if static else "default",
-        codemodel="jitdefault",
-        jit=True,
-    )
+    reloc = "static" if static else "default"
+    return target.create_target_machine(cpu=processor, features=features, reloc=reloc, **_MACHINE)
 
 
 @functools.cache

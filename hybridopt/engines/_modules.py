@@ -57,17 +57,21 @@ class Variants(Generic[T]):
 
 
 def cache_folder(engine: str) -> Path:
-    """Where generated modules are kept: `$HYBRIDOPT_CACHE`, else the user's cache folder, else a temporary one."""
-    named = os.environ.get("HYBRIDOPT_CACHE")
+    """Where what is generated is kept: `$HYBRIDOPT_CACHE`, else the user's cache folder, else a temporary one."""
     try:
-        base = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridopt")
-        folder = base / engine
+        folder = _lasting_folder(engine)
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):  # not writable; no home
         pass
     return _temporary_folder()
+
+
+def _lasting_folder(engine: str) -> Path:
+    named = os.environ.get("HYBRIDOPT_CACHE")
+    base = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridopt")
+    return base / engine
 
 
 @functools.cache
@@ -85,16 +89,14 @@ def _remove(folder: str, owner: int) -> None:
 
 def kept(engine: str, name: str, make: Callable[[], bytes]) -> bytes:
     """What `make` gives, from disk if it is there and whole."""
-    path = cache_folder(engine) / name
-    try:
-        found = path.read_bytes()
-    except OSError:
-        found = b""
+    found = b""
+    with contextlib.suppress(OSError, RuntimeError):  # not there; no home
+        found = (_lasting_folder(engine) / name).read_bytes()  # a folder that is only to be read will do
     if found[:_CHECK] and _check(found[_CHECK:]) == found[:_CHECK]:
         return found[_CHECK:]
     made = make()
     with contextlib.suppress(OSError):  # the disk is full, or the folder went away: made again next time
-        _write(path, _check(made) + made)
+        _write(cache_folder(engine) / name, _check(made) + made)
     return made
 
 

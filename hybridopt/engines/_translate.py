@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -162,7 +163,8 @@ class _Folder(ast.NodeTransformer):
 
     def _number(self, value: float) -> ast.expr:
         if not self.typed:
-            return ast.Constant(float(value))  # unparsed as 1e309 if infinite
+            size = ast.Constant(abs(float(value)))  # unparsed as 1e309 if infinite
+            return ast.UnaryOp(ast.USub(), size) if math.copysign(1, value) < 0 else size
         for name, known in self.constants.items():
             if known == value:
                 return ast.Name(name, ast.Load())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from llvmlite import binding, ir
@@ -49,9 +48,7 @@ class Words:
         for name in _PYTHON:
             binding.add_symbol(name, ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0)
         source += "".join((_FREE if free else _METHOD).format(name=name) for name, free in methods.items())
-        self._library = Library(
-            "words", source + Path(__file__).read_text(), lambda module: _write(module, source)
-        )
+        self._library = Library("words", lambda module: _write(module, source))
         kept = [_Method(name.encode(), self.address(f"{name}_method"), 8, None) for name in methods]
         self.methods = {name: _method(one, self) for name, one in zip(methods, kept, strict=True)}
         self._kept = kept  # behind `methods`, which die first

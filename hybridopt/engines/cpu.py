@@ -70,25 +70,33 @@ def compiled(rule: Rule, variant: Variant) -> int:
     return _variants(rule, variant).address("run")
 
 
-@functools.cache
 def squares(dtype: str) -> int:
     """The address of a compiled sum of squares; see `write_squares`."""
-    with _variants.making, _compiling():
-        from hybridopt.engines._cpu_code import sources, write_squares
-        from hybridopt.engines._llvm import Library
-
-        made = Library("squares", "\n".join((dtype, *sources())), lambda module: write_squares(module, dtype))
-    _kept.append(made)
-    return made.address("squares")
+    with _variants.making:
+        return _squares(dtype).address("squares")
 
 
 @functools.cache
+def _squares(dtype: str) -> Library:
+    with _compiling():
+        from hybridopt.engines._cpu_code import write_squares
+        from hybridopt.engines._llvm import Library
+
+        return Library("squares", lambda module: write_squares(module, dtype))
+
+
 def native() -> Words:
     """Compiled `run`, `squares`, `touch`, `look` and `same`; see `_driver.py`.
 
     Raises:
         Untranslatable: LLVM cannot be loaded, or failed.
     """
+    with _variants.making:
+        return _native()
+
+
+@functools.cache
+def _native() -> Words:
     with _compiling():
         from hybridopt.engines._words import Words  # loads LLVM
 
@@ -104,8 +112,7 @@ def _compile(rule: Rule, variant: Variant) -> Library:
         from hybridopt.engines._cpu_code import RuleCode
         from hybridopt.engines._llvm import Library
 
-        code = RuleCode(rule, variant)
-        return Library("rule", code.key(), code.write)
+        return Library("rule", RuleCode(rule, variant).write)
 
 
 @contextlib.contextmanager
@@ -120,7 +127,6 @@ def _compiling() -> Iterator[None]:
 
 
 _variants = Variants(_compile)
-_kept: list[Library] = []
 
 
 def together(name: str, block: array[int], threads: int) -> None:

@@ -26,9 +26,9 @@ class Rule:
     """One optimizer's equation.
 
     Args:
-        update: `update(p, g, *state, *coefficients, *, **flags) -> (p, *state)`, elementwise: it may use
-            arithmetic, comparisons, `if` on flags, and `xp.sqrt, abs, sign, where, maximum, minimum, fma`. A state
-            whose flag is off is passed as 0 and its return ignored.
+        update: `update(p, g, *state, *coefficients, *, **flags) -> (p, *state)`, elementwise: assignments and a return
+            of a tuple, of `+ - * / **`, comparisons and `& | ^ ~` of them, `if` on flags, and `xp.sqrt, exp, log, abs,
+            sign, where, maximum, minimum, fma`. A state whose flag is off is passed as 0 and its return ignored.
         scalars: `scalars(step, *scalar_state, *hyper) -> (*coefficients, *scalar_state)`, on numbers, in float64.
             `step` counts from 1. None: the coefficients are the hyperparameters.
         state: the elementwise states in order.

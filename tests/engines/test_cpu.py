@@ -16,7 +16,7 @@ import torch
 from torch.nn import Parameter
 
 import hybridopt.optim
-from hybridopt.engines import cpu
+from hybridopt.engines import _llvm, _noise, cpu
 from hybridopt.engines._cpu_code import RuleCode
 from hybridopt.engines._modules import kept
 from hybridopt.engines._translate import Untranslatable
@@ -62,25 +62,39 @@ def step(optimizer: Any) -> None:
 # -- the cache on disk --------------------------------------------------------------------------------------
 
 
-def test_key_covers_the_rules_text() -> None:
-    """An edited rule, other flags, other dtypes: another module; the same text: the same."""
-    edited = types.FunctionType(_scalars.__code__, _scalars.__globals__)
+def test_key_covers_all_that_the_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edited rule, other flags, other dtypes, other constants of ours: other code; the same rule again: the same."""
+    names: list[str] = []
+
+    def listen(engine: str, name: str, make: Callable[[], bytes]) -> bytes:
+        names.append(name)
+        return make()
+
+    monkeypatch.setattr(_llvm, "kept", listen)
     plain = Variant(FLAGS)
-    same = Rule(SGD.update, edited, SGD.state, SGD.hyper, (), False)
-    assert RuleCode(same, plain).key() == RuleCode(SGD, plain).key()
-    keys = [
-        RuleCode(rule, variant).key()
-        for rule, variant in (
-            (SGD, plain),
-            (SGD, replace(plain, weight="float64")),
-            (SGD, replace(plain, gradient="bfloat16")),
-            (SGD, replace(plain, scaled=True)),
-            (SGD, replace(plain, flags=(("maximize", True), *FLAGS[1:]))),
-            (Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), plain),
-            (replace(SGD, counts=True), plain),
-        )
+    noisy = replace(plain, weight="bfloat16", gradient="bfloat16", stochastic=True)
+
+    def name(rule: Rule, variant: Variant) -> str:
+        _llvm.Library("rule", RuleCode(rule, variant).write)
+        return names[-1]
+
+    again = types.FunctionType(_scalars.__code__, _scalars.__globals__)
+    first = name(SGD, plain)
+    assert name(Rule(SGD.update, again, SGD.state, SGD.hyper, (), False), plain) == first
+    others = [
+        name(SGD, replace(plain, weight="float64")),
+        name(SGD, replace(plain, gradient="bfloat16")),
+        name(SGD, replace(plain, scaled=True)),
+        name(SGD, replace(plain, flags=(("maximize", True), *FLAGS[1:]))),
+        name(Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), plain),
+        name(replace(SGD, counts=True), plain),
+        name(SGD, noisy),
     ]
-    assert len(set(keys)) == len(keys)
+    monkeypatch.setattr(_noise, "FIRST", 3)
+    others.append(name(SGD, noisy))
+    monkeypatch.setattr(_llvm, "_PASSES", {"speed_level": 1})
+    others.append(name(SGD, plain))
+    assert len({first, *others}) == len(others) + 1
 
 
 @pytest.mark.slow
@@ -224,8 +238,12 @@ def one_value(p: Any, g: Any, lr: Any) -> Any:
     return p - lr * g
 
 
-def remainder(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
-    return (p % lr,)
+def whole_quotient(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p // lr,)
+
+
+def two_comparisons(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
+    return (p - lr * ((g > 0) + (p > 0)),)
 
 
 def sum_of_comparisons(p: Any, g: Any, lr: Any) -> tuple[Any, ...]:
@@ -254,7 +272,8 @@ REFUSED = {
     too_many_values: "it returns 2 values, not 1",
     no_return: "it does not return",
     one_value: "a rule is assignments and a return of a tuple",
-    remainder: "the operator in `p % lr`",
+    whole_quotient: "the operator in `p // lr`",
+    two_comparisons: "a sum of comparisons; use xp.where",
     sum_of_comparisons: "is not of comparisons",
     a_loop: "a rule is assignments",
     unpacked: "is not given as many values",
@@ -298,9 +317,9 @@ def test_all_of_the_language_means_what_torch_does(dtype: torch.dtype) -> None:
     results = []
     for implementation in ("fused", "reference"):
         p = Parameter(weights.clone())
-        optimizer: Any = hybridopt.optim.from_rule(_everything, defaults={"lr": 0.7}, scalars=_numbers)(
-            [p], implementation=implementation
-        )
+        optimizer: Any = hybridopt.optim.from_rule(
+            _everything, defaults={"lr": 0.7, "up": True}, scalars=_numbers
+        )([p], implementation=implementation)
         for _ in range(2):
             p.grad = gradients.clone()
             optimizer.step()
@@ -311,17 +330,23 @@ def test_all_of_the_language_means_what_torch_does(dtype: torch.dtype) -> None:
     assert results[0].isfinite().sum() > 20
 
 
-def _everything(p: Any, g: Any, lr: Any, other: Any) -> tuple[Any, ...]:
+NEGATIVE = -2.0
+
+
+def _everything(p: Any, g: Any, lr: Any, other: Any, *, up: bool) -> tuple[Any, ...]:
     a, b = xp.exp(-xp.abs(p)), g
     c = xp.log(xp.maximum(xp.fma(p, p, p * 0 + 1), a)) ** 1.5
     c += (b > 0) * 2 - (p <= b) / 4
     d = xp.where((p > -1) & ~(p >= 1) ^ (g == 0), xp.sqrt(xp.abs(b)), -c)
     d = xp.where(p != 1, d, 3)
+    d = xp.where(xp.where(g > 0, p > 1, p < 0) & (g < 1), p % 3 + p % -0.7, d)
     e = xp.where(p < 0.5, xp.sign(g), xp.minimum(+p, g))
     told = d * lr + e - xp.where(p == 0, g * 0 + other, p) / 7
-    return (xp.where(g != g, lr, told),)
+    return (xp.where(g != g, lr, told * (1 - 2 * up)),)
 
 
 def _numbers(step: float, lr: float) -> tuple[float, float]:
     first = xp.where(2 < step < 3, lr, 1 - lr**step)
-    return first, xp.maximum(1, xp.minimum(step, 1.5)) * xp.sqrt(xp.exp(xp.log(step)))
+    return first, (NEGATIVE**step + step % 3) * xp.maximum(1, xp.minimum(step, 1.5)) * xp.sqrt(
+        xp.exp(xp.log(step))
+    )
