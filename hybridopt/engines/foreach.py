@@ -41,6 +41,18 @@ class TensorList:
     def __truediv__(self, other: Any) -> TensorList:
         return self._with(torch._foreach_div, other)
 
+    def __pow__(self, other: Any) -> TensorList:
+        return self._with(torch._foreach_pow, other)
+
+    def __rpow__(self, other: float) -> TensorList:
+        return TensorList(list(torch._foreach_pow(other, self.tensors)))
+
+    def __mod__(self, other: Any) -> TensorList:
+        return self._each("__mod__", other)
+
+    def __pos__(self) -> TensorList:
+        return self
+
     def __neg__(self) -> TensorList:
         return TensorList(torch._foreach_neg(self.tensors))
 
@@ -55,24 +67,39 @@ class TensorList:
         reciprocal = TensorList(torch._foreach_reciprocal(self.tensors))
         return reciprocal._with(torch._foreach_mul, other)
 
-    def _compare(self, name: str, other: Any) -> TensorList:
+    def _each(self, name: str, other: Any) -> TensorList:
         others = other.tensors if isinstance(other, TensorList) else [other] * len(self.tensors)
         return TensorList([getattr(a, name)(b) for a, b in zip(self.tensors, others, strict=True)])
 
     def __gt__(self, other: Any) -> TensorList:
-        return self._compare("__gt__", other)
+        return self._each("__gt__", other)
 
     def __lt__(self, other: Any) -> TensorList:
-        return self._compare("__lt__", other)
+        return self._each("__lt__", other)
 
     def __ge__(self, other: Any) -> TensorList:
-        return self._compare("__ge__", other)
+        return self._each("__ge__", other)
 
     def __le__(self, other: Any) -> TensorList:
-        return self._compare("__le__", other)
+        return self._each("__le__", other)
 
     def __eq__(self, other: object) -> TensorList:  # type: ignore[override]
-        return self._compare("__eq__", other)
+        return self._each("__eq__", other)
+
+    def __ne__(self, other: object) -> TensorList:  # type: ignore[override]
+        return self._each("__ne__", other)
+
+    def __and__(self, other: Any) -> TensorList:
+        return self._each("__and__", other)
+
+    def __or__(self, other: Any) -> TensorList:
+        return self._each("__or__", other)
+
+    def __xor__(self, other: Any) -> TensorList:
+        return self._each("__xor__", other)
+
+    def __invert__(self) -> TensorList:
+        return TensorList([~t for t in self.tensors])
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -84,6 +111,14 @@ class TensorList:
     def sqrt(self) -> TensorList:
         """Elementwise."""
         return TensorList(torch._foreach_sqrt(self.tensors))
+
+    def exp(self) -> TensorList:
+        """Elementwise."""
+        return TensorList(torch._foreach_exp(self.tensors))
+
+    def log(self) -> TensorList:
+        """Elementwise."""
+        return TensorList(torch._foreach_log(self.tensors))
 
     def __abs__(self) -> TensorList:
         return TensorList(torch._foreach_abs(self.tensors))

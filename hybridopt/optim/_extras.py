@@ -23,35 +23,50 @@ class StepOptions(TypedDict, total=False):
 
     16-bit weights are always computed in float32. All of this runs inside the fused loop; where that cannot be used,
     torch's own code runs on float32 copies (slower, same results up to rounding).
+
+    Args:
+        implementation: `"auto"` (default): the fastest that gives the right result; `"fused"`: one compiled loop, with
+            one warning where that cannot be; `"foreach"`, `"reference"`: torch's own list functions, torch's own loop.
+        state_dtype: dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in
+            torch.
+        stochastic_rounding: bfloat16 weights and states are rounded up or down at random, right on average, so that
+            updates smaller than half a digit are not lost. The bits depend on seed, step, tensor and element alone, on
+            any device. Default False.
+        kahan_sum: what rounding takes from a 16-bit weight is kept in one more state, `kahan_comp` (2 bytes a weight),
+            and added back at the next step. Default False.
+        max_grad_norm: the rule sees gradients scaled down so that the 2-norm of all of them is at most this, as after
+            `torch.nn.utils.clip_grad_norm_`; `.grad` itself stays as it is. One reading of the gradients more. Default
+            None.
+        nonfinite: if a gradient is nan or inf: step as torch does (`"ignore"`, default), leave weights and states alone
+            and count it in `skipped_steps` (`"skip"`), or raise `NonFiniteLoss` before anything is changed (`"raise"`).
+        seed: of stochastic rounding. Default 0. Not in the state dict: give it again when you resume.
+        flatten: weights, states and gradients of one device and dtype are moved into one buffer each, and stepped in
+            one go; same bits. The tensor objects stay, as views (starting at multiples of 64 elements), but for
+            `.grad`. Gradients remain in their buffer only under `zero_grad(set_to_none=False)`; others are read where
+            they are. What others move out (`.to()`, `load_state_dict(assign=True)`) moves in again at the next step.
+            Weights whose memory others see, too, stay where they are, with one warning. Costs one more copy of
+            weights, states and gradients while moving. Whoever saves a weight saves the whole buffer:
+            `torch.save(model.state_dict())` is as large as ever, but one weight of it is not (clone it); state dicts of
+            the optimizer are safe. Default False.
+
+    Example:
+        >>> import torch, hybridopt
+        >>> w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        >>> optimizer = hybridopt.optim.AdamW([w], stochastic_rounding=True, max_grad_norm=1.0, nonfinite="skip")
+        >>> w.grad = torch.full_like(w, torch.nan)
+        >>> optimizer.step()
+        >>> w.tolist(), optimizer.skipped_steps
+        ([1.0, 1.0, 1.0], 1)
     """
 
     implementation: Implementation
-    """`"auto"` (default): the fastest that gives the right result; `"fused"`: one compiled loop, with one warning
-    where that cannot be; `"foreach"`, `"reference"`: torch's own list functions, torch's own loop."""
     state_dtype: torch.dtype | None
-    """Dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in torch."""
     stochastic_rounding: bool
-    """bfloat16 weights and states are rounded up or down at random, right on average, so that updates smaller than
-    half a digit are not lost. The bits depend on seed, step, tensor and element alone, on any device. Default False."""
     kahan_sum: bool
-    """What rounding takes from a 16-bit weight is kept in one more state, `kahan_comp` (2 bytes a weight), and added
-    back at the next step. Default False."""
     max_grad_norm: float | None
-    """The rule sees gradients scaled down so that the 2-norm of all of them is at most this, as after
-    `torch.nn.utils.clip_grad_norm_`; `.grad` itself stays as it is. One reading of the gradients more. Default None."""
     nonfinite: Literal["ignore", "skip", "raise"]
-    """If a gradient is nan or inf: step as torch does (`"ignore"`, default), leave weights and states alone and count
-    it in `skipped_steps`, or raise `NonFiniteLoss` before anything is changed."""
     seed: int
-    """Of stochastic rounding. Default 0."""
     flatten: bool
-    """Weights, states and gradients of one device and dtype are moved into one buffer each, and stepped in one go; same
-    bits. The tensor objects stay, as views (starting at multiples of 64 elements), but for `.grad`. Gradients remain
-    in their buffer only under `zero_grad(set_to_none=False)`; others are read where they are. What others move out
-    (`.to()`, `load_state_dict(assign=True)`) moves in again at the next step. Weights whose memory others see, too,
-    stay where they are, with one warning. Costs one more copy of weights, states and gradients while moving. Whoever
-    saves a weight saves the whole buffer: `torch.save(model.state_dict())` is as large as ever, but one weight of it
-    is not (clone it); state dicts of the optimizer are safe. Default False."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,9 @@ class Extras:
                 f"{name}: unknown option {', '.join(unknown)}; beside its own it takes implementation, "
                 f"{', '.join(sorted(known))}"
             )
+        for option in ("stochastic_rounding", "kahan_sum", "flatten"):
+            if not isinstance(options.get(option, False), bool):
+                raise MethodError(f"{name}: expected {option} to be True or False, got {options[option]!r}")
         norm = options.get("max_grad_norm")
         if norm is not None:
             try:
@@ -116,8 +134,6 @@ class Extras:
             raise MethodError(
                 f"{name}: expected nonfinite to be ignore, skip or raise, got {extras.nonfinite!r}"
             )
-        if not isinstance(extras.flatten, bool):
-            raise MethodError(f"{name}: expected flatten to be True or False, got {extras.flatten!r}")
         if isinstance(extras.seed, bool) or not isinstance(extras.seed, int):
             raise MethodError(f"{name}: expected seed to be a whole number, got {extras.seed!r}")
         return extras

@@ -37,8 +37,11 @@ class RuleOptimizer(FusedStep):
     def _flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         return tuple(bool(group[name]) for name in self.rule.flags)
 
+    _single = False
+    """Whether the rule was seen to need tensors, not lists of them (it calls torch's functions, say)."""
+
     def _otherwise(self) -> str:
-        single = self._implementation == "reference"
+        single = self._single or self._implementation == "reference"
         return "the rule, tensor by tensor" if single else "the rule over lists of tensors"
 
     @torch.no_grad()
@@ -52,12 +55,24 @@ class RuleOptimizer(FusedStep):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 self._begin(p, names)
-            if self._implementation == "reference" or len({(p.device, p.dtype) for p in params}) > 1:
+            kinds = {(p.device, p.dtype) for p in params}
+            if self._single or self._implementation == "reference" or len(kinds) > 1:
                 batches = [[p] for p in params]
             else:
                 batches = _by_step(params, self.state)
             for batch in batches:
-                self._run(batch, names, flags, hyper)
+                try:
+                    self._run(batch, names, flags, hyper)
+                except (TypeError, AttributeError) as error:  # of what a list of tensors cannot do
+                    if len(batch) == 1:
+                        raise
+                    self._single = True
+                    if self._implementation == "foreach":
+                        self._warn(
+                            f"the rule cannot run over lists of tensors ({error}); {self._otherwise()} runs instead"
+                        )
+                    for p in batch:
+                        self._run([p], names, flags, hyper)
 
     def _begin(self, p: Tensor, names: Sequence[str]) -> None:
         """Check a weight and its gradient; create its state if it has none."""
@@ -142,7 +157,9 @@ def from_rule(
         state: names of its states, in order; each starts at zero.
         defaults: hyperparameters in the order `update` takes them, with their default values.
         scalars: `scalars(step, *hyper) -> coefficients`, computed once per step (bias corrections, schedules); the
-            coefficients are then what `update` takes in place of the hyperparameters. `step` counts from 1.
+            coefficients are then what `update` takes in place of the hyperparameters. `step` counts from 1. It is
+            compiled with the rule, so the same holds for it: `xp.minimum`, not `min`; else the whole step runs as
+            Python does it (`repr` says so).
         name: of the class; default `update`'s name. An optimizer can be pickled if the class is found under it.
 
     Raises:

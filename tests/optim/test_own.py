@@ -202,6 +202,62 @@ def cooled(p, g, rate):
     return (p - g * rate,)
 
 
+def cubic(p, g, m, lr, *, up):
+    m = m * 0.5 + xp.exp(-xp.abs(g)) * 0.5
+    m = xp.where((g > 0) & (m != 0.3) | ~(p <= 2) ^ (m > 1), m, +m % 0.7)
+    return p - lr * m**3 * (2.0**m) * xp.log(1 + g**2), m
+
+
+def squashed(p, g, m, lr, *, up):
+    m = 0.5 * m + torch.tanh(g)
+    return p - lr * m.clamp(-1, 1), m
+
+
+@pytest.mark.parametrize("update", [cubic, squashed])
+@pytest.mark.parametrize("weights", [1, 3])
+def test_one_weight_or_many_from_the_first_step_on(update, weights):
+    """What a list of tensors cannot do is done tensor by tensor."""
+    kind = from_rule(update, state=["m"], defaults={"lr": 0.1, "up": True})
+    results = []
+    for implementation in ("auto", "reference"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(weights)]
+        optimizer = kind(params, implementation=implementation)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append(torch.cat(params).detach())
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-13)
+
+
+def test_lists_that_were_asked_for_and_cannot_be():
+    kind = from_rule(squashed, state=["m"], defaults={"lr": 0.1, "up": True})
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer = kind(params, implementation="foreach")
+    with pytest.warns(
+        RuntimeWarning, match="cannot run over lists of tensors .*tensor by tensor runs instead"
+    ):
+        optimizer.step()
+    optimizer.step()
+    assert "the rule, tensor by tensor" in repr(optimizer)
+    assert params[0].tolist() == params[1].tolist() != [1, 1]
+
+
+def test_a_fault_of_the_rule_is_raised_as_it_is():
+    def broken(p, g, lr):
+        return (p - lr * g.no_such_thing,)
+
+    optimizer = from_rule(broken, defaults={"lr": 0.1})([torch.nn.Parameter(torch.ones(2)) for _ in range(2)])
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones(2)
+    with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'no_such_thing'"):
+        optimizer.step()
+    assert all(p.tolist() == [1, 1] for p in optimizer.param_groups[0]["params"])
+
+
 Cooled = from_rule(cooled, defaults={"lr": 1.0}, scalars=lambda step, lr: (lr / step,), name="Cooled")
 
 

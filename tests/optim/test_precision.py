@@ -579,6 +579,8 @@ def test_no_group_key_is_added() -> None:
         ({"seed": True}, "expected seed to be a whole number"),
         ({"nonfinite": "stop"}, "expected nonfinite to be ignore, skip or raise"),
         ({"seed": 0.5}, "expected seed to be a whole number"),
+        ({"stochastic_rounding": "no"}, "expected stochastic_rounding to be True or False, got 'no'"),
+        ({"kahan_sum": 1}, "expected kahan_sum to be True or False, got 1"),
         ({"rounding": "stochastic"}, "unknown option rounding"),
     ],
 )
