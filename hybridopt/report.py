@@ -36,21 +36,31 @@ class ReportError(HybridoptError, ValueError):
 def table(results: Iterable[Mapping[str, Any]], *, width: int | None = None) -> str:
     """One line a run, as text; under it, the message of every run that failed.
 
+    Columns for the score of the kept point, and for by how much the best point breaks the constraints, are there if
+    a run has such.
+
     Args:
         results: records as in `Result.to_dict()`, with `label` (default: their `method`).
         width: characters a line; only labels are folded to fit. None = as wide as needed.
     """
-    made = _table(
-        ["method", "seed", "loss", "best loss", "evalua-\ntions", "forward-\nequivalents", "seconds"]
-    )
+    results = list(results)
+    judged = {}
+    if any(r.get("score") is not None for r in results):
+        judged["score"] = "score"
+    if any(r.get("violation", 0) > 0 for r in results):
+        judged["violation"] = "constraints\nbroken by"
+    counted = ["evalua-\ntions", "forward-\nequivalents", "seconds"]
+    made = _table(["method", "seed", "loss", "best loss", *judged.values(), *counted])
     made.add_column("ended by", no_wrap=True)
     failures: dict[tuple[str, str], list[str]] = {}
     for r in results:
+        judgements = ("" if r.get(key) is None else _number(r[key]) for key in judged)
         made.add_row(
             _label(r),
             str(r["seed"]),
             _number(r["loss"]),
             _number(r["best_loss"]),
+            *judgements,
             str(r["evaluations"]),
             f"{r['forward_equivalents']:g}",
             f"{r['seconds']:.3g}",

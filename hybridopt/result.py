@@ -18,7 +18,11 @@ from hybridopt.vector import FloatArray
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The outcome of a run; a value that nothing changes afterwards."""
+    """The outcome of a run; a value that nothing changes afterwards.
+
+    Printed it is one line, with what the best point breaks of the constraints and the kept point's score where there
+    are such: `slsqp: best loss 2 (own 2.5) in 90 evaluations, ...`. *Own* is `loss`, at the point the method returns.
+    """
 
     method: str
     """The method as text; `hybridopt.method` reads it back."""
@@ -74,6 +78,8 @@ class Result:
             "seed": self.seed,
             "loss": self.loss,
             "best_loss": self.best_loss,
+            "violation": self.violation,
+            "score": self.score,
             "evaluations": self.evaluations,
             "forward": self.forward,
             "backward": self.backward,
@@ -84,7 +90,8 @@ class Result:
         }
 
     def __str__(self) -> str:
-        return (
-            f"{self.method}: best loss {self.best_loss:.8g} (own {self.loss:.8g}) in {self.evaluations} evaluations, "
-            f"{self.forward_equivalents:g} forward-equivalents, {self.seconds:.3g} s; {self.message}"
-        )
+        broken = f", which breaks the constraints by {self.violation:.3g}," if self.violation > 0 else ""
+        scored = "" if self.score is None else f", score {self.score:.8g} of the kept point,"
+        found = f"best loss {self.best_loss:.8g} (own {self.loss:.8g}){broken}{scored}"
+        spent = f"{self.evaluations} evaluations, {self.forward_equivalents:g} forward-equivalents"
+        return f"{self.method}: {found} in {spent}, {self.seconds:.3g} s; {self.message}"
