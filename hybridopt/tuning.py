@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,6 +110,8 @@ class TrialRecord:
     reports: dict[int, float]
     error: str = ""
     """Of a failed trial: its traceback."""
+    cause: str = ""
+    """Of a failed trial: the exception's type and message, in one line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +139,10 @@ class Tuning:
         )
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """One flat dict a trial, for `pandas.DataFrame` and the like."""
+        """One flat dict a trial, for `pandas.DataFrame` and the like; a failed one's has its cause as "error"."""
         return [
             {"number": t.number, "state": t.state, "loss": t.loss, "seconds": t.seconds, **t.config}
+            | ({"error": t.cause} if t.cause else {})
             for t in self.trials
         ]
 
@@ -166,7 +170,8 @@ def tune(
     Args:
         train: `train(config)` or `train(config, trial)`: trains with the values in `config` (a dict of those parameters
             that count) and returns the loss to be made small. With `trial.report(step, loss)` it can be stopped early.
-            A trial that raises an exception is recorded as failed and its point rejected; the search goes on.
+            A trial that raises an exception is recorded as failed and its point rejected; the search goes on, with a
+            warning of the first one, and another at the end if all failed.
         space: the parameters.
         method: text or a `Method`; anything that needs no gradients. Default CMA-ES. A method that asks for whole
             populations is what `workers` need.
@@ -232,6 +237,14 @@ def tune(
             state = objective.state(len(objective.records))
             save_checkpoint({"version": 1, "run": run.state_dict(), **state}, file)
         result = run.result()
+    failed = [record for record in objective.records if record.state == "failed"]
+    if failed and len(failed) == len(objective.records):
+        warnings.warn(
+            f"tune: all {len(failed)} trials failed, the first one with {failed[0].cause}; its traceback is "
+            "`tuning.trials[0].error`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return Tuning(tuple(objective.records), result)
 
 
@@ -251,20 +264,23 @@ class _Outcome:
     seconds: float
     reports: dict[int, float]
     error: str = ""
+    cause: str = ""
 
 
 def _run_trial(train: Callable[..., Any], config: Config, trial: Trial, takes_trial: bool) -> _Outcome:
     """One training run, wherever it happens to run."""
     begun = time.perf_counter()
-    loss, state, error = math.nan, "complete", ""
+    loss, state, error, cause = math.nan, "complete", "", ""
     try:
         with torch.enable_grad():
             loss = float(train(dict(config), trial) if takes_trial else train(dict(config)))
     except TrialPruned:
         loss, state = (trial.reports[max(trial.reports)] if trial.reports else math.nan), "pruned"
-    except Exception:  # noqa: BLE001 - a training run may fail in any way; it is recorded
+    except Exception as failure:  # noqa: BLE001 - a training run may fail in any way; it is recorded
         state, error = "failed", traceback.format_exc()
-    return _Outcome(loss, state, time.perf_counter() - begun, dict(trial.reports), error)  # type: ignore[arg-type]
+        cause = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    seconds = time.perf_counter() - begun
+    return _Outcome(loss, state, seconds, dict(trial.reports), error, cause)  # type: ignore[arg-type]
 
 
 class _Trials(Objective):
@@ -295,6 +311,8 @@ class _Trials(Objective):
         self._known: list[TrialRecord] = []  # trials of a step that was cut off, in their order
         self.settled = 0
         super().__init__(self._loss, space.vector(start), batch="loop", keep="best")
+        self._accounts.warned = True  # `_warn` says more than "loss nan"
+        self._warned: set[str] = set()
 
     @property
     def differentiable(self) -> bool:
@@ -356,9 +374,30 @@ class _Trials(Objective):
             else:
                 outcome = _run_trial(self.train, config, self._trial(number), self.takes_trial)
             record = TrialRecord(number=number, config=config, **vars(outcome))
+            if not math.isfinite(record.loss):
+                self._warn(record)
         self.records.append(record)
         self.after_trial(record)
         return record.loss
+
+    def _warn(self, record: TrialRecord) -> None:
+        """Say of the first failed trial why, and likewise of the first other one that has no finite loss."""
+        if record.state in self._warned:
+            return
+        self._warned.add(record.state)
+        what = (
+            f"failed with {record.cause}" if record.cause else f"({record.state}) had a loss of {record.loss}"
+        )
+        # how many calls the trial is away from the one of `tune` depends on the method
+        frame, level = inspect.currentframe(), 1
+        while frame is not None and frame.f_globals["__name__"].startswith("hybridopt."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(
+            f"tune: trial {record.number} {what}; its point is rejected and the search goes on, without a warning of "
+            "later ones",
+            RuntimeWarning,
+            stacklevel=level,
+        )
 
     def state(self, booked: int) -> dict[str, Any]:
         """The trials as plain data; the first `booked` are in the state of the run saved beside."""

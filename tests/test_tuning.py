@@ -161,21 +161,31 @@ def test_failed_trials_are_recorded_and_not_fatal() -> None:
             raise MemoryError("out of memory")
         return bowl(config)
 
-    with pytest.warns(RuntimeWarning):
+    with pytest.warns(RuntimeWarning) as caught:
         tuning = tune(train, SPACE, budget=60, seed=2)
     failed = [t for t in tuning.trials if t.state == "failed"]
     assert failed
+    first = f"tune: trial {failed[0].number} failed with MemoryError: out of memory; its point is rejected"
+    assert [str(w.message)[: len(first)] for w in caught] == [first]
+    assert caught[0].filename == __file__
+    table = str(tuning).splitlines()
+    assert sum(line.endswith("MemoryError: out of memory") for line in table) == len(failed)
     assert all("MemoryError: out of memory" in t.error and t.config["width"] > 24 for t in failed)  # type: ignore[operator]
     assert tuning.best.config["width"] <= 24  # type: ignore[operator]
     assert len(tuning.trials) == 60
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_all_failed() -> None:
+@pytest.mark.parametrize("method", ["cmaes", "nelder_mead", "race(cmaes, pso)"])
+def test_all_failed(method: str) -> None:
     def train(config: dict[str, Any]) -> float:
-        raise ValueError("never")
+        raise ValueError("never\nand why")
 
-    tuning = tune(train, SPACE, budget=20, seed=2)
+    with pytest.warns(RuntimeWarning) as caught:
+        tuning = tune(train, SPACE, method, budget=20, seed=2)
+    first, last = (str(w.message) for w in caught)
+    assert first.startswith("tune: trial 0 failed with ValueError: never; its point")
+    assert last.startswith("tune: all 20 trials failed, the first one with ValueError: never; its traceback")
+    assert {w.filename for w in caught} == {__file__}
     with pytest.raises(
         ObjectiveError, match=r"(?s)no trial of 20 has a finite loss; the first one:.*ValueError: never"
     ):
@@ -188,7 +198,9 @@ def test_a_trial_that_gives_itself_up() -> None:
             raise TrialPruned
         return bowl(config)
 
-    with pytest.warns(RuntimeWarning):
+    with pytest.warns(
+        RuntimeWarning, match=r"tune: trial \d+ \(pruned\) had a loss of nan; its point is rejected"
+    ):
         tuning = tune(train, SPACE, budget=20, seed=2)
     assert {t.state for t in tuning.trials} == {"complete", "pruned"}
 
