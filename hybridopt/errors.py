@@ -56,7 +56,8 @@ class NonFiniteLoss(HybridoptError, ArithmeticError):
         """Of a method that follows gradients, at its first point."""
         return cls(
             f"loss: expected a finite loss and gradient at the start point, got {value}; a method that needs "
-            "gradients cannot begin here: change the initial weights, or put a gradient-free method before it"
+            "gradients cannot begin here: change the initial weights, name a method without gradients (cmaes), or put "
+            "one before it (cmaes(evaluations=20%) > slsqp)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hybridopt.accounts import NONFINITE_PATIENCE, Accounts, Listener
 from hybridopt.batch import Choice
+from hybridopt.code import code_digest
 from hybridopt.constraints import Constraints
 from hybridopt.derivatives import Derivatives
 from hybridopt.errors import ClosedError, ObjectiveError, StateError, Stop
@@ -172,6 +174,7 @@ class Objective:
             Kind.CONSTRAINTS: self._feasibility.answer,
             Kind.CONSTRAINT_JACOBIAN: self._feasibility.jacobian,
         }
+        self._code = code_digest(loss)
         self._closed = False
 
     # -- session ------------------------------------------------------------------------------------------------
@@ -364,10 +367,13 @@ class Objective:
             "closure_backward": self.evaluation.closure_backward,
             "warned": self._accounts.warned,
             "buffers": self._guard.copy_buffers(),
+            "code": self._code,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a saved objective stood; limits stay as given here, so a budget can be raised.
+
+        Warns where the loss's code is another than the one that was saved, as far as Python shows it.
 
         Raises:
             StateError: it was saved over other weights.
@@ -377,6 +383,13 @@ class Objective:
             key = next(k for k in mine if mine[k] != theirs.get(k))
             raise StateError(
                 f"state: it was saved for weights with {key} {theirs.get(key)}, this objective has {mine[key]}"
+            )
+        if self._code is not None and state["code"] not in (None, self._code):
+            warnings.warn(
+                "loss: its code has changed since the state was saved, whose losses and best point are the former "
+                "one's; begin anew (with checkpoint=: another file) unless both tell the same",
+                RuntimeWarning,
+                stacklevel=5,
             )
         self.ledger.load_state_dict(state["ledger"])
         self.ledger.best_point = None if state["best"] is None else Point.from_state(state["best"])

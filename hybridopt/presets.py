@@ -28,7 +28,8 @@ class Auto(Method):
     evaluation shows noise. What it chose and why is in `Result.notes`, and `Result.stages` shows what each part did.
 
     - constraints: SLSQP begun again;
-    - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points;
+    - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points
+      until the loss is 0;
     - whole-numbered weights: CMA-ES with margin, and restarts;
     - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
       weights Adam;
@@ -81,7 +82,7 @@ def choose(objective: Objective) -> tuple[str, str]:
     if objective.constraints is not None:
         return f"restart(slsqp, {again})", f"scipy.slsqp from {places}, since it keeps constraints"
     if objective.residuals is not None:
-        return "restart(least_squares)", "least squares, since the residuals are known"
+        return "restart(least_squares, target=0)", "least squares, since the residuals are known"
     if vector.integer is not None:
         search = "cmaes(restarts=bipop)" if n <= DENSE else _of_linear_memory(n)
         return (

@@ -79,6 +79,8 @@ def test_residuals_and_constraints() -> None:
     result = hybridopt.minimize(residuals, x, "auto", budget="300fe", seed=0, residuals=True)
     assert result.best_loss < 1e-15
     assert "since the residuals are known" in result.notes[-1]
+    assert result.reason is hybridopt.Reason.TARGET  # a loss of 0 cannot be lowered
+    assert result.best_loss == 0
     x = torch.tensor([-1.2, 1.0], dtype=torch.float64)
     result = hybridopt.minimize(
         gradients, x, "auto", budget="300fe", seed=0, constraints=lambda x: x.sum() - 1
