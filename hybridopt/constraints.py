@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ class Constraint:
             times max(1, |bound|). None = 1e-6, or 100 times the machine epsilon of the weights' dtype if that is more.
             (Solvers stop within some 1e-6 to 1e-10 of a bound that holds them back.)
 
+    A function that returns nan or inf counts as broken, with a warning of the first.
+
+    Raises:
+        ObjectiveError: lower > upper, or one that is no number.
+
     Example:
         >>> import hybridopt, torch
         >>> f = lambda x: ((x - 3) ** 2).sum()
@@ -44,6 +50,14 @@ class Constraint:
     matrix: Any = None
     """Of a linear constraint, see `linear`."""
     weights: str | None = None
+
+    def __post_init__(self) -> None:
+        lower, upper = _side("lower", self.lower), _side("upper", self.upper)
+        fit = len({1, lower.size, upper.size}) <= 2
+        if fit and (lower > upper).any():
+            raise ObjectiveError(
+                f"constraint: expected lower <= upper, got {self.lower!r} and {self.upper!r}"
+            )
 
     @classmethod
     def linear(
@@ -96,6 +110,7 @@ class Constraints:
         self.parts = [_Part(str(name), part, vector) for name, part in pairs]
         self.forwards = sum(part.loss is not None for part in self.parts)
         """How many functions there are to call."""
+        self._warned = False
 
     def values(self) -> list[Tensor | FloatArray]:
         """Each part's numbers where the weights stand: tensors with their graph, arrays of linear ones."""
@@ -128,6 +143,13 @@ class Constraints:
                 worst = max(worst, float(broken.max(initial=0.0)))
             if not np.isfinite(c).all():
                 worst = math.inf
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"constraint {part.name!r}: nan or inf counts as broken; later ones without a warning",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
         return worst
 
 
@@ -173,12 +195,12 @@ class _Part:
             return np.asarray(self.matrix @ x)
         told = self.loss.call()
         if not isinstance(told, Tensor):
-            try:
-                told = torch.as_tensor(np.asarray(told, dtype=np.float64))
-            except (TypeError, ValueError):
-                raise ObjectiveError(
-                    f"constraint {self.name!r}: expected a tensor or numbers, got {type(told).__name__}"
-                ) from None
+            told = torch.as_tensor(self._numbers(told))
+        if told.dtype == torch.bool:
+            raise ObjectiveError(
+                f"constraint {self.name!r}: expected numbers that say by how much it is kept, got True or False; "
+                "return what is compared, e.g. 1 - x.sum() for x.sum() <= 1"
+            )
         values = told.reshape(-1)
         if self.size is None:
             self.settle(len(values))
@@ -188,25 +210,46 @@ class _Part:
             )
         return values
 
+    def _numbers(self, told: Any) -> npt.NDArray[Any]:
+        """What the function returned, if that is no tensor, as float64 or bool."""
+        try:
+            array = np.asarray(told)
+            # None would become nan
+            if any(part is None for part in array.flat):
+                raise TypeError
+            return array if array.dtype == bool else np.asarray(told, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError):
+            hint = "; join tensors by torch.stack" if isinstance(told, list | tuple) else ""
+            hint = "; is its return missing?" if told is None else hint
+            raise ObjectiveError(
+                f"constraint {self.name!r}: expected a tensor or numbers, got {told!r}{hint}"
+            ) from None
+
     def settle(self, size: int) -> None:
         """Fix how many numbers it has, and its limits."""
         sides = []
         for word, given in (("lower", self._given.lower), ("upper", self._given.upper)):
-            side = np.asarray(
-                given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64
-            ).reshape(-1)
-            if side.size not in (1, size) or np.isnan(side).any():
+            side = _side(word, given)
+            if side.size not in (1, size):
                 raise ObjectiveError(
                     f"constraint {self.name!r}: expected {word} to be one number, or one for each of {size}, got "
                     f"{given!r}"
                 )
             sides.append(np.broadcast_to(side, (size,)).copy())
-        if (sides[0] > sides[1]).any():
-            raise ObjectiveError(
-                f"constraint {self.name!r}: expected lower <= upper, got {self._given.lower!r} and "
-                f"{self._given.upper!r}"
-            )
         self.size, self.sides = size, (sides[0], sides[1])
+
+
+def _side(word: str, given: Any) -> FloatArray:
+    """A lower or upper limit, flat: one number, or several."""
+    try:
+        side = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+    except (TypeError, ValueError):
+        side = np.array(math.nan)
+    if np.isnan(side).any():
+        raise ObjectiveError(
+            f"constraint: expected {word} to be numbers, got {given!r}; -inf or inf where there is none"
+        )
+    return side.reshape(-1)
 
 
 def _over_all(name: str, constraint: Constraint, vector: ParameterVector) -> FloatArray:

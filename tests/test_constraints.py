@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -201,8 +202,10 @@ def test_constraints_that_are_no_number() -> None:
     """Such a point is never taken for one that keeps them."""
     rule = Constraint(lambda x: torch.log(x[0] + 1))
     with Objective(far, torch.zeros(2, dtype=torch.float64), constraints=rule) as objective:
-        ask(objective, [-2.0, 0.0])
+        with pytest.warns(RuntimeWarning, match="constraint '0': nan or inf counts as broken"):
+            ask(objective, [-2.0, 0.0])
         assert objective.ledger.best_violation == INF
+        ask(objective, [-3.0, 0.0])  # said once
         told = objective.answer(Request(Kind.CONSTRAINTS, np.array([-2.0, 0.0]))).array
         assert told is not None
         assert told.tolist() == [-INF]
@@ -294,8 +297,19 @@ def test_a_chain_hands_on_a_point_that_keeps_them() -> None:
     "given, text",
     [
         (3.0, "expected a function of the model, or a hybridopt.Constraint, got float"),
+        (lambda x: None, "expected a tensor or numbers, got None; is its return missing?"),
+        (lambda x: [1.0, None], "expected a tensor or numbers, got [1.0, None]"),
+        (
+            lambda x: [x[0], x[1]],
+            "got [tensor(0., grad_fn=<SelectBackward0>), tensor(0., grad_fn=<SelectBackward0>)]; join",
+        ),
+        (lambda x: "one", "expected a tensor or numbers, got 'one'"),
+        (lambda x: x.sum() <= 1, "expected numbers that say by how much it is kept, got True or False"),
+        (
+            lambda x: float(x.sum()) <= 1,
+            "expected numbers that say by how much it is kept, got True or False",
+        ),
         (lambda: 1.0, "expected a function of the model (or weights), got one without arguments"),
-        (Constraint(disc, 2, 1), "expected lower <= upper, got 2 and 1"),
         (Constraint(disc, [0, 0, 0]), "expected lower to be one number, or one for each of 1, got [0, 0, 0]"),
         (Constraint.linear([1, 1, 1]), "expected a matrix of finite numbers with 2 columns"),
         (Constraint.linear([1, 1], weights="y*"), "no weights match 'y*'; their names are x"),
@@ -307,6 +321,23 @@ def test_wrong_constraints(given: Any, text: str) -> None:
         hybridopt.minimize(far, torch.zeros(2), "slsqp", budget=9, constraints={"mine": given})
     assert str(caught.value).startswith("constraint 'mine': ")
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "limits, text",
+    [
+        ({"lower": 2, "upper": 1}, "expected lower <= upper, got 2 and 1"),
+        ({"lower": [0, 0, 0], "upper": [1, -1, 1]}, "expected lower <= upper, got [0, 0, 0] and [1, -1, 1]"),
+        ({"lower": math.nan}, "expected lower to be numbers, got nan"),
+        ({"upper": "much"}, "expected upper to be numbers, got 'much'"),
+        ({"upper": None}, "expected upper to be numbers, got None"),
+    ],
+)
+def test_wrong_limits_are_refused_at_once(limits: Any, text: str) -> None:
+    for make in (functools.partial(Constraint, disc), functools.partial(Constraint.linear, [1, 1])):
+        with pytest.raises(ObjectiveError) as caught:
+            make(**limits)
+        assert str(caught.value).startswith(f"constraint: {text}")
 
 
 def test_linear_constraints_of_some_tensors() -> None:
