@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 AXES = {"forward_equivalents": "forward-equivalents", "seconds": "seconds"}
 """What the x axis of a plot can show, with its title."""
+COLUMN, ENTRY, LINE = 60, 90, 125
+"""Characters at most: of a column of labels, in which longer ones are folded; of a legend's entry, and its line."""
 
 
 class ReportError(HybridoptError, ValueError):
@@ -41,7 +43,7 @@ def table(results: Iterable[Mapping[str, Any]], *, width: int | None = None) -> 
 
     Args:
         results: records as in `Result.to_dict()`, with `label` (default: their `method`).
-        width: characters a line; only labels are folded to fit. None = as wide as needed.
+        width: characters a line; only labels are folded to fit. None = as wide as needed for labels of 60.
     """
     results = list(results)
     judged = {}
@@ -122,7 +124,7 @@ def render(made: Table, width: int | None = None) -> str:
 
     Args:
         made: the table. Columns that may wrap are folded to fit, down to 16 characters; the others never are.
-        width: characters a line; None = as wide as needed.
+        width: characters a line; None = as wide as the columns may be.
     """
     console = Console(
         file=io.StringIO(),
@@ -136,7 +138,8 @@ def render(made: Table, width: int | None = None) -> str:
     for column in made.columns:
         excess = 0 if width is None else console.measure(made).maximum - width
         if excess > 0 and not column.no_wrap:
-            column.max_width = max(16, max(cell_len(str(cell)) for cell in column.cells) - excess)
+            widest = max(cell_len(str(cell)) for cell in column.cells)
+            column.max_width = max(16, min(widest, column.max_width or widest) - excess)
     with console.capture() as capture:
         console.print(made)
     lines = [line.rstrip() for line in capture.get().splitlines()]
@@ -145,7 +148,7 @@ def render(made: Table, width: int | None = None) -> str:
 
 def _table(columns: Sequence[str]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    made.add_column(columns[0], overflow="fold")
+    made.add_column(columns[0], overflow="fold", max_width=COLUMN)
     for name in columns[1:]:
         made.add_column(name, justify="right", no_wrap=True)
     return made
@@ -187,7 +190,8 @@ def draw(tracker: Tracker, x: str = "forward_equivalents") -> Figure:
 
     Where a loss is zero or negative the loss axis is symmetric-logarithmic, linear below the smallest magnitude
     drawn. Losses that are not finite are not drawn, so a line begins at its first finite loss; a label without any
-    still has its place in the legend. pyplot, its backend and its figures are not touched.
+    still has its place in the legend, which stands below the axes; of labels of more than 90 characters the middle
+    is left out there. pyplot, its backend and its figures are not touched.
 
     Args:
         tracker, x: as in `plot`.
@@ -197,10 +201,17 @@ def draw(tracker: Tracker, x: str = "forward_equivalents") -> Figure:
 
     if not tracker.runs:
         raise ReportError("plot: expected a tracker with at least one run, got an empty one")
-    figure = Figure(figsize=(9, 5.5), layout="constrained")  # draws with Agg, or what the file's format needs
+    labels = list(dict.fromkeys(run.label for run in tracker.runs))
+    texts = [
+        text + _remark(tracker, label) for label, text in zip(labels, shortened(labels, ENTRY), strict=True)
+    ]
+    columns = max(1, LINE // (max(map(len, texts)) + 8))  # 8: the line drawn before each, and space
+    height = 5.2 + 0.18 * math.ceil(len(labels) / columns)  # inches; a line of the legend takes 0.18
+    figure = Figure(
+        figsize=(9, height), layout="constrained"
+    )  # draws with Agg, or what the file's format needs
     axes = figure.add_subplot()
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
-    labels = list(dict.fromkeys(run.label for run in tracker.runs))
     legend: dict[str, Artist] = {}
     lowest: list[float] = []
     for run in tracker.runs:
@@ -218,10 +229,42 @@ def draw(tracker: Tracker, x: str = "forward_equivalents") -> Figure:
     axes.set_xlabel(AXES[x])
     axes.set_ylabel("lowest loss so far")
     axes.grid(which="major", alpha=0.3)
-    texts = [label + _remark(tracker, label) for label in legend]
-    for text in axes.legend(legend.values(), texts, fontsize="small").get_texts():
+    shown = figure.legend(
+        list(legend.values()),
+        texts,
+        loc="outside lower center",
+        ncols=columns,
+        prop={"family": "monospace", "size": "small"},  # so that a number of characters is a width
+    )
+    for text in shown.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+def shortened(labels: Sequence[str], width: int) -> list[str]:
+    """Labels of at most `width` characters, the middle of longer ones left out; different labels stay different.
+
+    Example:
+        >>> shortened(["cmaes(sigma=0.5)", "cmaes(sigma=0.25)", "pso"], 12)
+        ['cmaes(…=0.5)', 'cmaes(…0.25)', 'pso']
+        >>> shortened(["split(a, a, cmaes)", "split(a, b, cmaes)"], 12)
+        ['split(…maes)', 'spli…es) (2)']
+    """
+    made: list[str] = []
+    for label in labels:
+        short, again = _without_middle(label, width), 1
+        while short in made:
+            again += 1
+            short = f"{_without_middle(label, width - len(f' ({again})'))} ({again})"
+        made.append(short)
+    return made
+
+
+def _without_middle(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    head = width // 2
+    return f"{text[:head]}…{text[len(text) - (width - head - 1) :]}"
 
 
 def check_plot(path: Path, x: str = "forward_equivalents") -> None:

@@ -12,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 import hybridopt
 from hybridopt import report
@@ -44,6 +46,17 @@ def tracker_of(*curves: tuple[str, int, list[float]]) -> Tracker:
 def axes_of(tracker: Tracker, x: str = "forward_equivalents") -> Axes:
     (axes,) = report.draw(tracker, x).axes
     return axes
+
+
+def legend_of(axes: Axes) -> Legend:
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    (legend,) = figure.legends
+    return legend
+
+
+def legend_texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in legend_of(axes).get_texts()]
 
 
 RESULT = {
@@ -88,15 +101,16 @@ def test_brackets_in_a_label_are_no_markup() -> None:
     assert "adam(betas=[b],x=:smile:)" in report.table([RESULT | {"label": "adam(betas=[b],x=:smile:)"}])
 
 
-@pytest.mark.parametrize("width", [None, 95, 40])
-def test_only_labels_are_folded(width: int | None) -> None:
-    label = "dual_annealing(evaluations=500, gradients=none) > slsqp(ftol=1e-12)"
+@pytest.mark.parametrize(("width", "widest"), [(None, 140), (95, 95), (40, 91)])
+def test_only_labels_are_folded(width: int | None, widest: int) -> None:
+    label = "dual_annealing(evaluations=500, gradients=none) > slsqp(ftol=1e-12, maxiter=500)"
     text = report.table([RESULT | {"label": label}], width=width)
     for number in ("3.0969475", "2.2315059", "1876", "0.123", "stalled"):
         assert number in text
-    longest = max(map(len, text.splitlines()))
-    assert (label in text) == (width is None)
-    assert longest <= 95 or width is None
+    assert label not in text
+    assert max(map(len, text.splitlines())) <= widest
+    folded = [line.strip().split("  ")[0] for line in text.splitlines()[3:]]
+    assert "".join(folded).replace(" ", "") == label.replace(" ", ""), "nothing is left out"
 
 
 def test_summary_is_over_seeds_and_counts_failures() -> None:
@@ -129,10 +143,33 @@ def test_one_colour_a_label_and_all_seeds() -> None:
     curves = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     a1, b1, a2 = (line.get_color() for line in curves)
     assert a1 == a2 != b1
-    legend = axes.get_legend()
-    assert legend is not None
-    assert [t.get_text() for t in legend.get_texts()] == ["a", "b"]
-    assert [h.get_color() for h in legend.legend_handles] == [a1, b1]  # type: ignore[union-attr]
+    assert legend_texts(axes) == ["a", "b"]
+    assert [h.get_color() for h in legend_of(axes).legend_handles] == [a1, b1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("label", ["a", "slsqp(ftol=1e-9)", "W" * 200])
+def test_the_legend_lies_beside_the_axes_and_within_the_picture(label: str, count: int) -> None:
+    tracker = Tracker()
+    for i in range(count):
+        tracker.begin(label + f"{i:02}", 0)  # which has no finite loss, as the legend adds
+    axes = axes_of(tracker)
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    box, outside = legend_of(axes).get_window_extent(), figure.bbox
+    assert outside.x0 <= box.x0 < box.x1 <= outside.x1
+    assert outside.y0 <= box.y0 < box.y1 <= axes.get_tightbbox().y0  # type: ignore[union-attr]
+    assert axes.get_window_extent().height > 0.6 * 5.2 * figure.dpi
+
+
+def test_long_labels_lose_their_middle_and_stay_different() -> None:
+    long = ["x" * 100 + str(i) + "y" * 100 for i in range(12)]
+    made = report.shortened(["short", *long], 90)
+    assert made[0] == "short"
+    assert len(set(made)) == 13
+    assert max(map(len, made)) == 90
+    assert made[1] == "x" * 45 + "…" + "y" * 44
 
 
 def test_twelve_labels_look_different() -> None:
@@ -157,9 +194,7 @@ def test_losses_that_have_no_logarithm(losses: list[float], tmp_path: Path) -> N
 def test_losses_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
     tracker = tracker_of(("a", 1, [math.inf, math.nan, 3.0, 4.0]), ("b", 1, [math.nan] * 3))
     assert report.steps(tracker.runs[0], "forward_equivalents") == ([3.0, 4.0], [3.0, 3.0])
-    legend = axes_of(tracker).get_legend()
-    assert legend is not None
-    assert [t.get_text() for t in legend.get_texts()] == ["a", "b (1 without a finite loss)"]
+    assert legend_texts(axes_of(tracker)) == ["a", "b (1 without a finite loss)"]
     assert tracker.plot(tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -170,9 +205,7 @@ def test_failed_runs_are_in_the_legend(tmp_path: Path) -> None:
     tracker = compare(
         lambda seed: Problem("p", lambda x: (x**2).sum(), np.ones(2)), ["pyswarm.pso", "cma.cmaes"], 10
     )
-    legend = axes_of(tracker).get_legend()
-    assert legend is not None
-    assert [t.get_text() for t in legend.get_texts()] == ["pyswarm.pso (1 failed)", "cma.cmaes"]
+    assert legend_texts(axes_of(tracker)) == ["pyswarm.pso (1 failed)", "cma.cmaes"]
     only_failed = Tracker()
     only_failed.runs.append(tracker.runs[0])
     assert only_failed.plot(tmp_path / "a.png").stat().st_size > 1000
