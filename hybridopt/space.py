@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -58,7 +60,8 @@ class Categorical:
     """As in `Float`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choices", tuple(self.choices))
+        if isinstance(self.choices, Iterable) and not isinstance(self.choices, str):  # `Space` refuses others
+            object.__setattr__(self, "choices", tuple(self.choices))
 
 
 Parameter: TypeAlias = Float | Int | Categorical
@@ -170,6 +173,11 @@ class Space:
                 choice.
             BoundsError: a number is out of range, or not whole where it must be.
         """
+        unknown = [name for name in values if name not in self.parameters]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), self.parameters, n=3, cutoff=0.5)
+            names = f"nearest: {', '.join(near)}" if near else f"they are {', '.join(self.parameters)}"
+            raise SelectionError(f"space: {unknown[0]!r} is no parameter; {names}")
         x = self._middle.copy()
         known: dict[str, Value] = {}
         for name, parameter in self.parameters.items():
@@ -180,11 +188,6 @@ class Space:
             if counts:
                 known[name] = values[name]
                 x[self.slices[name]] = _write(name, parameter, values[name])
-        unknown = [name for name in values if name not in self.parameters]
-        if unknown:
-            raise SelectionError(
-                f"space: {unknown[0]!r} is no parameter; they are {', '.join(self.parameters)}"
-            )
         return x
 
     def sample(self, rng: np.random.Generator) -> FloatArray:
@@ -235,20 +238,19 @@ def _check(name: Any, parameter: Any, before: Mapping[str, Parameter]) -> None:
         raise SelectionError(f"space: expected names that are text without any of '*?[]', got {name!r}")
     if isinstance(parameter, Categorical):
         choices = parameter.choices
-        if (
-            len(choices) < 2
-            or len(set(choices)) < len(choices)
-            or not all(isinstance(c, _PLAIN) for c in choices)
-        ):
+        plain = isinstance(choices, tuple) and all(isinstance(c, _PLAIN) for c in choices)
+        if not plain or len(choices) < 2 or len(set(choices)) < len(choices):
             raise SelectionError(
                 f"space: {name!r}: expected two or more different choices that are text, numbers, bools or None, got "
                 f"{choices!r}"
             )
     elif isinstance(parameter, Float | Int):
-        low, high = parameter.low, parameter.high
-        if not (math.isfinite(low) and math.isfinite(high) and low < high) or (parameter.log and low <= 0):
+        ends: list[Any] = [parameter.low, parameter.high]
+        low, high = ends
+        real = all(isinstance(end, numbers.Real) for end in ends)
+        if not (real and -math.inf < low < high < math.inf) or (parameter.log and low <= 0):
             above = "0 < low < high" if parameter.log else "low < high"
-            raise BoundsError(f"space: {name!r}: expected finite {above}, got ({low}, {high})")
+            raise BoundsError(f"space: {name!r}: expected finite {above}, got ({low!r}, {high!r})")
         if isinstance(parameter, Int) and not (low == int(low) and high == int(high)):
             raise BoundsError(f"space: {name!r}: expected whole numbers, got ({low}, {high})")
     else:

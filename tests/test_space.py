@@ -136,6 +136,7 @@ def test_a_space_as_plain_data() -> None:
             SelectionError,
             r"'speed' is no parameter; they are lr, width",
         ),
+        ({"lrr": 0.1}, SelectionError, r"'lrr' is no parameter; nearest: lr$"),
     ],
 )
 def test_values_that_no_point_stands_for(values: Any, error: Any, text: str) -> None:
@@ -151,6 +152,17 @@ def test_values_that_no_point_stands_for(values: Any, error: Any, text: str) -> 
         ({"a": (0, 1)}, SelectionError, r"'a': expected a Float, Int or Categorical, got \(0, 1\)"),
         ({"a": Float(1, 1)}, BoundsError, r"'a': expected finite low < high, got \(1, 1\)"),
         ({"a": Float(0, 1, log=True)}, BoundsError, r"'a': expected finite 0 < low < high"),
+        ({"a": Float(1, 0)}, BoundsError, r"'a': expected finite low < high, got \(1, 0\)"),
+        ({"a": Float("0", 1)}, BoundsError, r"'a': expected finite low < high, got \('0', 1\)"),  # type: ignore[arg-type]
+        ({"a": Float(0, None)}, BoundsError, r"'a': expected finite low < high, got \(0, None\)"),  # type: ignore[arg-type]
+        ({"a": Categorical([])}, SelectionError, r"'a': expected two or more different choices.*got \(\)"),
+        ({"a": Categorical([[1], [2]])}, SelectionError, r"'a': expected two or more different choices"),  # type: ignore[list-item]
+        (
+            {"a": Categorical("relu")},
+            SelectionError,
+            r"'a': expected two or more different choices.*got 'relu'",
+        ),
+        ({"a": Categorical(5)}, SelectionError, r"'a': expected two or more different choices.*got 5"),  # type: ignore[arg-type]
         ({"a": Int(0.5, 3)}, BoundsError, r"'a': expected whole numbers"),  # type: ignore[arg-type]
         ({"a": Categorical(["x"])}, SelectionError, r"'a': expected two or more different choices"),
         ({"a": Categorical(["x", "x"])}, SelectionError, r"'a': expected two or more different choices"),
