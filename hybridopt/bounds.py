@@ -86,6 +86,10 @@ def _pairs(value: Any, n: int, what: str) -> npt.NDArray[np.float64]:
             f"{what}: expected one pair (low, high), or shape ({n}, 2) with one (low, high) row per weight, got {shape}"
         )
     if np.isnan(array).any():
+        # None, too, has become nan
+        absent = [end is None for end in np.asarray(value, dtype=object).flat]
+        array = np.where(np.reshape(absent, array.shape), (-np.inf, np.inf), array)
+    if np.isnan(array).any():
         raise BoundsError(f"{what}: expected numbers, got nan; write -inf or inf where there is no bound")
     return np.broadcast_to(array, (n, 2))
 

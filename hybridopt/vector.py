@@ -48,8 +48,8 @@ class ParameterVector:
             otherwise all tensors given. A frozen weight (of a module, or a `Parameter` among those given) is taken
             only if selected.
         bounds: None (default, unbounded), one pair `(low, high)` for all weights, an array of shape (n, 2), or a
-            mapping from patterns to pairs. Bounds are tightened to the nearest numbers that the weight's dtype
-            can hold, so a rounded weight never leaves them.
+            mapping from patterns to pairs. None or an infinite number in a pair = no bound on that side. Bounds are
+            tightened to the nearest numbers that the weight's dtype can hold, so a rounded weight never leaves them.
         scale: None (default), `"start"` = max(|x0|, root mean square of its tensor, 1e-3) for each weight, a
             positive number, an array of shape (n,), or a mapping from patterns to positive numbers. Of a weight that
             is `log` it divides the logarithm (`"start"` then means 1); an `integer` one is not scaled.

@@ -147,6 +147,8 @@ def test_scales_as_written(scale: Any, expected: list[float]) -> None:
         ({"a": (-1, 1)}, [-1, -1, -np.inf], [1, 1, np.inf]),
         ({"a": [(-1, 1), (-2, np.inf)], "b": (-np.inf, 5)}, [-1, -2, -np.inf], [1, np.inf, 5]),
         ({"?": (-1, 1)}, [-1] * 3, [1] * 3),
+        ((None, 1), [-np.inf] * 3, [1] * 3),
+        ({"a": [(-1, None), (None, None)], "b": (None, 5)}, [-1, -np.inf, -np.inf], [np.inf, np.inf, 5]),
     ],
 )
 def test_bounds_as_written(bounds: Any, lower: list[float], upper: list[float]) -> None:
@@ -180,7 +182,11 @@ def test_bounds_as_written(bounds: Any, lower: list[float], upper: list[float]) 
         ({"bounds": "(-1, 1)"}, r"got '\(-1, 1\)'"),
         ({"bounds": [(-1, 1), (2, 3, 4)]}, r"expected one pair"),
         ({"bounds": (math.nan, 1)}, r"expected numbers, got nan; write -inf or inf where there is no bound"),
-        ({"bounds": (None, 1)}, r"expected numbers, got nan; write -inf or inf"),
+        ({"bounds": [("x", None)] * 6}, r"expected one pair"),
+        (
+            {"bounds": {"bias": [(None, 1), (math.nan, None)]}},
+            r"bounds\['bias'\]: expected numbers, got nan; write -inf or inf",
+        ),
         ({"bounds": {"bias": [(-1, 1)] * 3}}, r"bounds\['bias'\]: expected one pair.*shape \(2, 2\)"),
         (
             {"bounds": {"baias": (-1, 1)}},
