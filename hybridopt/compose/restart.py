@@ -18,7 +18,8 @@ from hybridopt.optimizer import FloatArray, HandOver, Incumbent, Method
 from hybridopt.options import Index, NonNegative, Positive, check_options
 from hybridopt.randomness import derive_seed
 from hybridopt.start import Start
-from hybridopt.text import print_call
+from hybridopt.text import LIMITS, print_call
+from hybridopt.text import method as changed
 from hybridopt.vector import ParameterVector
 
 GROWTHS = 9  # restarts after which an option grows no more
@@ -110,13 +111,16 @@ class Restart(Sequence):
             else method.options().get(option)
         )
         if not isinstance(value, int | float) or isinstance(value, bool):
+            changed(method, **{option: value})  # refuses an option that there is not, with the nearest names
+            what = f"{option!r} is {value!r}"
+            if option in LIMITS:
+                what = f"{option!r} is a limit"
+            elif value is None:
+                what += f"; give it one, e.g. {method.label}({option}=10)"
             raise MethodError(
-                f"restart: expected grow to name an option of {method.label} that is a number, "
-                f"{option!r} is {value!r}; give it one, e.g. {method.label}({option}=10)"
+                f"restart: expected grow to name an option of {method.label} that is a number, {what}"
             )
         grown = value * self.factor ** min(index, GROWTHS)
-        from hybridopt.text import method as changed
-
         return changed(method, **{option: round(grown) if isinstance(value, int) else grown})
 
     def accept(self, here: Incumbent, ended: Incumbent, best: Incumbent, seed: int) -> Incumbent:

@@ -226,7 +226,15 @@ def test_growing_options() -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("restart(slsqp, grow=popsize)", "expected grow to name an option of scipy.slsqp that is a number"),
+        ("restart(slsqp, grow=ftoll)", r"scipy\.slsqp: unknown option 'ftoll'; nearest: ftol"),
+        ("restart(cmaes, grow=popsise)", "cmaes: unknown option 'popsise'; nearest: popsize"),
+        ("restart(torch.adam, grow=lrr)", r"torch\.adam: unknown option 'lrr'; nearest: lr"),
+        (
+            "restart(slsqp, grow=gradients)",
+            "an option of scipy.slsqp that is a number, 'gradients' is 'auto',",
+        ),
+        ("restart(cmaes(evaluations=9), grow=evaluations)", "that is a number, 'evaluations' is a limit,"),
+        ("restart(torch.adam, grow=lr)", r"'lr' is None; give it one, e\.g\. torch\.adam\(lr=10\)"),
         ("restart(cmaes, grow=popsize)", r"'popsize' is None; give it one, e\.g\. cmaes\(popsize=10\)"),
         ("restart(slsqp, temperature=-1)", "expected temperature >= 0, got -1"),
         ("restart(slsqp, begin_at=best, temperature=1)", "expected begin_at=perturb with a temperature"),
