@@ -343,9 +343,9 @@ class Method(abc.ABC):
     def __str__(self) -> str:
         return self.call()
 
-    def __rshift__(self, other: Method) -> Method:
-        """A chain: this method, then the other from this one's best point."""
-        if not isinstance(other, Method):
+    def __rshift__(self, other: Method | str | type) -> Method:
+        """A chain: this method, then the other (or what its text says) from this one's best point."""
+        if not isinstance(other, Method | str | type):
             return NotImplemented
         from hybridopt.registry import composition
 

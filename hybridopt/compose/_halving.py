@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hybridopt.compose._sequence import load_scope, save_scope
-from hybridopt.compose.stage import Stage, gather
+from hybridopt.compose.stage import Stage, gather, several
 from hybridopt.errors import ClosedError, MethodError, NonFiniteLoss, StateError
 from hybridopt.ledger import Ledger, Reason
 from hybridopt.optimizer import (
@@ -73,11 +73,7 @@ class Several(Method):
     methods: tuple[Method, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.methods, Method) or not all(isinstance(m, Method) for m in self.methods):
-            raise MethodError(
-                f"{self.name}: expected several methods, {self.name}((a, b, c)), got {self.methods!r}"
-            )
-        object.__setattr__(self, "methods", tuple(self.methods))
+        object.__setattr__(self, "methods", several(self.name, self.methods))
         if not self.methods:
             raise MethodError(f"{self.name}: expected at least one method")
         check_options(self)

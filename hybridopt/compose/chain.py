@@ -8,10 +8,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hybridopt.compose._sequence import Sequence
-from hybridopt.compose.stage import Stage, gather
+from hybridopt.compose.stage import Stage, gather, several
 from hybridopt.errors import MethodError
 from hybridopt.optimizer import Method
 from hybridopt.options import Count, check_options
+from hybridopt.text import method as read_method
 from hybridopt.text import print_call
 
 
@@ -26,7 +27,7 @@ class Chain(Sequence):
     `(a >> b) >> c == a >> (b >> c)`.
 
     Args:
-        stages: methods or `Stage`s, at least one.
+        stages: methods, `Stage`s or texts, at least one.
 
     Example:
         >>> from hybridopt import method
@@ -43,7 +44,7 @@ class Chain(Sequence):
 
     def __init__(self, stages: Iterable[Method]) -> None:
         flat: list[Stage] = []
-        for item in stages:
+        for item in several(self.name, stages):
             if isinstance(item, Chain):
                 flat.extend(item.stages)
             elif isinstance(item, Stage) and isinstance(item.method, Chain) and item.plain:
@@ -98,8 +99,7 @@ class Cycle(Sequence):
     rounds: Count | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
-            raise MethodError(f"cycle: expected a method or chain, got {self.method!r}")
+        object.__setattr__(self, "method", read_method(self.method))
         check_options(self)
         object.__setattr__(self, "_stages", Chain((self.method,)).stages)
         gather(self, self._stages)

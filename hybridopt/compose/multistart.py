@@ -32,6 +32,7 @@ from hybridopt.optimizer import (
 from hybridopt.options import Count, Part, Positive, check_options
 from hybridopt.randomness import derive_seed
 from hybridopt.start import Start
+from hybridopt.text import method as read_method
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
 
@@ -87,8 +88,7 @@ class MultiStart(Method):
     rung: Positive | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
-            raise MethodError(f"multistart: expected a method, got {self.method!r}")
+        object.__setattr__(self, "method", read_method(self.method))
         check_options(self)
         gather(self, (self.method,))
         object.__setattr__(self, "uses", self.uses | {Need.POPULATION})

@@ -19,7 +19,7 @@ from hybridopt.options import Index, NonNegative, Positive, check_options
 from hybridopt.randomness import derive_seed
 from hybridopt.start import Start
 from hybridopt.text import LIMITS, print_call
-from hybridopt.text import method as changed
+from hybridopt.text import method as read_method
 from hybridopt.vector import ParameterVector
 
 GROWTHS = 9  # restarts after which an option grows no more
@@ -67,8 +67,7 @@ class Restart(Sequence):
     restarts: Index | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
-            raise MethodError(f"restart: expected a method, got {self.method!r}")
+        object.__setattr__(self, "method", read_method(self.method))
         check_options(self)
         if self.temperature > 0 and self.begin_at != "perturb":
             raise MethodError(
@@ -111,7 +110,9 @@ class Restart(Sequence):
             else method.options().get(option)
         )
         if not isinstance(value, int | float) or isinstance(value, bool):
-            changed(method, **{option: value})  # refuses an option that there is not, with the nearest names
+            read_method(
+                method, **{option: value}
+            )  # refuses an option that there is not, with the nearest names
             what = f"{option!r} is {value!r}"
             if option in LIMITS:
                 what = f"{option!r} is a limit"
@@ -121,7 +122,7 @@ class Restart(Sequence):
                 f"restart: expected grow to name an option of {method.label} that is a number, {what}"
             )
         grown = value * self.factor ** min(index, GROWTHS)
-        return changed(method, **{option: round(grown) if isinstance(value, int) else grown})
+        return read_method(method, **{option: round(grown) if isinstance(value, int) else grown})
 
     def accept(self, here: Incumbent, ended: Incumbent, best: Incumbent, seed: int) -> Incumbent:
         """See `Sequence.accept`."""

@@ -19,6 +19,7 @@ from hybridopt.optimizer import (
 )
 from hybridopt.options import Count, check_options
 from hybridopt.selection import spread_patterns
+from hybridopt.text import method as read_method
 from hybridopt.text import print_call
 from hybridopt.vector import ParameterVector
 
@@ -82,14 +83,12 @@ class Split(Method):
                 f"split: expected patterns with methods, {{'gate.*': ...}}, got {self.weights!r}"
             )
         for pattern, made in pairs:
-            if not isinstance(pattern, str) or not isinstance(made, Method):
-                raise MethodError(
-                    f"split: expected a pattern and a method, got {pattern!r}: {made!r}; see hybridopt.method"
-                )
+            if not isinstance(pattern, str):
+                raise MethodError(f"split: expected a pattern and a method, got {pattern!r}: {made!r}")
         check_options(self)
         if self.turn > 1 and self.order == "simultaneous":
             raise MethodError(f"split: turn={self.turn} expects order=alternating")
-        object.__setattr__(self, "weights", tuple((pattern, _bare(made)) for pattern, made in pairs))
+        object.__setattr__(self, "weights", tuple((p, _bare(read_method(made))) for p, made in pairs))
         gather(self, (made for _, made in self.weights))
         if len(pairs) > 1:
             object.__setattr__(self, "uses", self.uses - {Need.CONSTRAINTS})

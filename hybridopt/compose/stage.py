@@ -12,6 +12,7 @@ from hybridopt.ledger import Budget, Share
 from hybridopt.optimizer import HandOver, Method, Need, Optimizer
 from hybridopt.options import Count, check_options
 from hybridopt.registry import nearest
+from hybridopt.text import method as read_method
 from hybridopt.text import print_call
 from hybridopt.until import AnyOf, Limit, Switch
 from hybridopt.vector import ParameterVector
@@ -43,10 +44,7 @@ class Stage(Method):
     handover: Literal["all", "point"] = "all"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
-            raise MethodError(
-                f"stage: expected a Method, got {type(self.method).__name__}; see hybridopt.method"
-            )
+        object.__setattr__(self, "method", read_method(self.method))
         if self.rule is not None and not isinstance(self.rule, Switch):
             raise MethodError(f"stage: expected a rule of hybridopt.until, got {self.rule!r}")
         self._absorb_limits()
@@ -121,6 +119,13 @@ class Stage(Method):
         from hybridopt.compose.chain import Chain
 
         return Chain((self,)).start(vector, seed, warm)
+
+
+def several(owner: str, given: Any) -> tuple[Method, ...]:
+    """The methods inside a composition, each a `Method` or whatever `hybridopt.method` reads."""
+    if isinstance(given, str | type | Method) or not isinstance(given, Iterable):
+        raise MethodError(f"{owner}: expected several methods, {owner}((a, b, c)), got {given!r}")
+    return tuple(map(read_method, given))
 
 
 def gather(made: Method, parts: Iterable[Method]) -> None:

@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 import hybridopt
-from hybridopt import Chain, Method, Reason, Run, Stage, method
+from hybridopt import (
+    Chain,
+    Cycle,
+    Method,
+    MultiStart,
+    Portfolio,
+    Race,
+    Reason,
+    Restart,
+    Run,
+    Split,
+    Stage,
+    method,
+)
 from hybridopt.errors import BoundsError, ClosedError, MemoryLimit, MethodError, StateError
 from hybridopt.optimizer import HandOver, Need
 from hybridopt.randomness import derive_seed
@@ -383,8 +396,32 @@ def test_a_run_copied_in_its_second_stage() -> None:
 @pytest.mark.parametrize(
     "make, text",
     [
+        (lambda: Chain(("slsqp > adam", "pso")), "slsqp > adam > pso"),
+        (lambda: method("slsqp") >> "adam > pso", "slsqp > adam > pso"),
+        (lambda: Stage("slsqp", steps=3), "slsqp(steps=3)"),
+        (lambda: Cycle("slsqp > pso", rounds=2), "cycle(slsqp > pso, rounds=2)"),
+        (lambda: Restart("cmaes(popsize=4)", grow="popsize"), "restart(cmaes(popsize=4), grow=popsize)"),
+        (lambda: MultiStart(torch.optim.Adam, starts=3), "multistart(torch.adam, starts=3)"),
+        (lambda: Race(("slsqp", "cmaes(steps=2)")), "race(slsqp, cmaes(steps=2))"),
+        (lambda: Portfolio(name for name in ("slsqp", "cmaes")), "portfolio(slsqp, cmaes)"),
+        (lambda: Split({"a": "slsqp", "...": "adam"}), 'split("a": slsqp, "...": adam)'),
+    ],
+)
+def test_what_stands_for_a_method_is_read_wherever_one_is_taken(make: Any, text: str) -> None:
+    assert make() == method(text)
+    assert hash(make()) == hash(method(text))
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
         (lambda: Chain([]), "chain: expected at least one stage"),
-        (lambda: Stage("slsqp"), "stage: expected a Method, got str"),  # type: ignore[arg-type]
+        (lambda: Chain("slsqp"), "chain: expected several methods, .* got 'slsqp'"),  # type: ignore[arg-type]
+        (lambda: Stage(3), "expected text, a class or a Method, got 3"),  # type: ignore[arg-type]
+        (lambda: Cycle(3), "expected text, a class or a Method, got 3"),  # type: ignore[arg-type]
+        (lambda: Restart(3), "expected text, a class or a Method, got 3"),  # type: ignore[arg-type]
+        (lambda: Split({"a": 3}), "expected text, a class or a Method, got 3"),
+        (lambda: Split({3: "adam"}), "split: expected a pattern and a method, got 3: 'adam'"),
         (lambda: method("slsqp").limit(steps=0), "stage: expected steps >= 1, got 0"),
         (
             lambda: method("slsqp").limit(steps=True),

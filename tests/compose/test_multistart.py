@@ -508,7 +508,7 @@ def test_text_copies_and_needs() -> None:
 @pytest.mark.parametrize(
     "make, text",
     [
-        (lambda: MultiStart("adam"), "multistart: expected a method, got 'adam'"),  # type: ignore[arg-type]
+        (lambda: MultiStart(3), "expected text, a class or a Method, got 3"),  # type: ignore[arg-type]
         (lambda: MultiStart(method("adam"), starts=0), "multistart: expected starts >= 1, got 0"),
         (lambda: MultiStart(method("adam"), starts=2.5), "multistart: expected starts to be a whole number"),  # type: ignore[arg-type]
         (

@@ -348,7 +348,8 @@ def test_text_copies_and_needs() -> None:
     [
         (lambda: Race(()), "race: expected at least one method"),
         (lambda: Race(method("adam")), r"race: expected several methods, race\(\(a, b, c\)\), got"),  # type: ignore[arg-type]
-        (lambda: Race(("adam",)), "race: expected several methods"),  # type: ignore[arg-type]
+        (lambda: Race("adam"), r"race: expected several methods, race\(\(a, b, c\)\), got 'adam'"),  # type: ignore[arg-type]
+        (lambda: Race(("adm",)), "unknown name 'adm'; nearest: adam"),  # type: ignore[arg-type]
         (lambda: Race((method("adam"),), rung=0), "race: expected rung > 0, got 0"),
         (lambda: Race((method("adam"),), rung=True), "race: expected rung to be a number or None, got True"),
         (lambda: Race((method("adam"),), keep=0), "race: expected keep above 0 and at most 1, got 0"),
