@@ -102,14 +102,21 @@ def _is_numbers(target: Any) -> bool:
     )
 
 
-def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
-    """Decide by the vector's source, and by whether `loss` takes an argument, how to call it."""
+def bind_loss(loss: Callable[..., Any], vector: ParameterVector, name: str = "loss") -> Loss:
+    """Decide by the vector's source, and by whether `loss` takes an argument, how to call it.
+
+    Args:
+        loss: the loss, or another function of the same form.
+        vector: of the weights.
+        name: of the argument, for errors.
+    """
     if not callable(loss):
         raise ObjectiveError(
-            f"loss: expected a function, got {type(loss).__name__}; the loss comes first, then the model"
+            f"{name}: expected a function, got {type(loss).__name__}"
+            + ("; the loss comes first, then the model" if name == "loss" else "")
         )
     source = vector.source
-    if not _takes_argument(loss):
+    if not _takes_argument(loss, name):
         return Loss(Form.CLOSURE, loss, None)
     if isinstance(source, nn.Module):
         return Loss(Form.MODULE, lambda: loss(source), _with_weights(loss, vector))
@@ -128,12 +135,12 @@ def bind_loss(loss: Callable[..., Any], vector: ParameterVector) -> Loss:
 
         return Loss(Form.MAPPING, lambda: loss(dict(source)), at)
     raise ObjectiveError(
-        f"loss: for a {type(source).__name__} of tensors expected a closure() without arguments; "
+        f"{name}: for a {type(source).__name__} of tensors expected a closure() without arguments; "
         "pass a module for loss(model), a tensor or array for f(x), or a dict for f(params)"
     )
 
 
-def _takes_argument(loss: Callable[..., Any]) -> bool:
+def _takes_argument(loss: Callable[..., Any], name: str) -> bool:
     """Whether to call it with one argument (or with none).
 
     Raises:
@@ -150,8 +157,8 @@ def _takes_argument(loss: Callable[..., Any]) -> bool:
     by_position = [p.name for p in parameters if p.default is p.empty and p.kind in positional]
     if len(needed) > 1 or len(needed) > len(by_position):
         raise ObjectiveError(
-            f"loss: expected a function of the model (or weights) alone, or of nothing; it needs {', '.join(needed)}. "
-            "Bind the rest, e.g. with functools.partial or a lambda"
+            f"{name}: expected a function of the model (or weights) alone, or of nothing; it needs "
+            f"{', '.join(needed)}. Bind the rest, e.g. with functools.partial or a lambda"
         )
     return bool(by_position) or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
@@ -175,8 +182,8 @@ def as_scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def as_number(value: Any) -> tuple[float, Any]:
-    """The loss as a float, and whatever came along with it (`return loss, aux`).
+def as_number(value: Any, name: str = "loss") -> tuple[float, Any]:
+    """The loss as a float, and whatever came along with it (`return loss, aux`); `name` is for errors.
 
     Raises:
         ObjectiveError: the loss is no number and no one-element tensor.
@@ -188,7 +195,7 @@ def as_number(value: Any) -> tuple[float, Any]:
         if value.numel() == 1 and not value.is_complex():
             return float(value.item()), aux
         raise ObjectiveError(
-            f"loss: expected one real number, got a tensor of shape {tuple(value.shape)} and {value.dtype}; "
+            f"{name}: expected one real number, got a tensor of shape {tuple(value.shape)} and {value.dtype}; "
             "reduce it, e.g. with .mean()"
         )
     if isinstance(value, np.ndarray) and value.size == 1:
@@ -199,5 +206,5 @@ def as_number(value: Any) -> tuple[float, Any]:
         return float(value), aux
     except (TypeError, ValueError):
         raise ObjectiveError(
-            f"loss: expected a number or a one-element tensor, got {type(value).__name__}"
+            f"{name}: expected a number or a one-element tensor, got {type(value).__name__}"
         ) from None

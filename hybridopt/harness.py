@@ -288,7 +288,11 @@ def minimize(
         >>> round(model.weight.item(), 2), round(model.bias.item(), 2)
         (3.0, 1.0)
     """
-    todo = [callbacks] if callable(callbacks) else list(callbacks)
+    todo = [callbacks] if callable(callbacks) else callbacks
+    if not (isinstance(todo, Iterable) and all(map(callable, todo := list(todo)))):
+        raise ObjectiveError(
+            f"callbacks: expected a callable, callback(run, step), or a list of callables, got {callbacks!r}"
+        )
     run = Run(loss, target, method, budget=budget, seed=seed, tracker=tracker, label=label, **objective)
     file = checkpoint_file(checkpoint)
     with run, _Interrupt() as interrupt:

@@ -130,7 +130,7 @@ class Objective:
             self.loss = self.residuals.loss
         self.constraints = None if constraints is None else Constraints(constraints, self.vector)
         self.vector.constrained = self.constraints is not None
-        self.surrogate = None if surrogate is None else bind_loss(surrogate, self.vector)
+        self.surrogate = None if surrogate is None else bind_loss(surrogate, self.vector, "surrogate")
         limits = None if budget is None else Budget.parse(budget)
         self.ledger = Ledger(limits, backward_cost=backward_cost)
         self.randomness = Randomness(seed, [t.device for t in self.vector.tensors], noise)
@@ -153,7 +153,7 @@ class Objective:
                 "leave score= out and judge `Result.x` by hand"
             )
         if score is not None:
-            self.scores = Scores(self.evaluation, bind_loss(score, self.vector), candidates)
+            self.scores = Scores(self.evaluation, bind_loss(score, self.vector, "score"), candidates)
         self._accounts.scores = self.scores
         self.listeners: list[Listener] = self._accounts.listeners
         self._feasibility = Feasibility(self.evaluation, self._accounts, self.constraints)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
@@ -118,8 +119,18 @@ COMPOSED = ("cycle", "restart", "split", "race", "portfolio", "multistart")
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; nearest: a, b"` for an error message, or all known names when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    plain: dict[str, list[str]] = {}
+    for one in known:
+        plain.setdefault(_plain(one), []).append(one)
+    near = [
+        one for match in difflib.get_close_matches(_plain(name), plain, 3, cutoff=0.5) for one in plain[match]
+    ][:3]
     return f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
+
+
+def _plain(name: str) -> str:
+    """What names are compared by: `L-BFGS-B` is nearest to `lbfgsb`."""
+    return re.sub(r"[\W_]", "", name).casefold()
 
 
 @functools.cache

@@ -100,7 +100,7 @@ class Scores:
                 self._put(point)
                 ledger.evaluations += 1
                 ledger.forward += 1
-                value, _ = as_number(evaluation.call(self._score.call, False))
+                value, _ = as_number(evaluation.call(self._score.call, False), "score")
                 if value < lowest and math.isfinite(value):
                     best, lowest = point, value
         except BaseException:

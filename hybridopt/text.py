@@ -8,10 +8,12 @@ import functools
 import inspect
 import operator
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from hybridopt.errors import BudgetError, MethodError
 from hybridopt.ledger import Share
@@ -24,7 +26,7 @@ _WORDS = {"None": None, "True": True, "False": False, "true": True, "false": Fal
 _TOKEN = re.compile(
     r"""\s*(?:
         (?P<number>[+-]?(?:(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf\b|nan\b))
-      | (?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[.:][A-Za-z_][A-Za-z0-9_]*)*)
+      | (?P<name>[A-Za-z_][A-Za-z0-9_]*(?:[.:-][A-Za-z_][A-Za-z0-9_]*)*)
       | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
       | (?P<mark>[()=,>|&%:{}\[\]])
     )""",
@@ -54,7 +56,7 @@ def method(spec: str | type | Method, **options: Any) -> Method:
         'scipy.slsqp(evaluations=50) > adam(lr=0.1)'
     """
     if isinstance(spec, str):
-        if re.fullmatch(r"\s*[\w.:]+\s*", spec) and spec.strip() not in COMPOSED:
+        if re.fullmatch(r"\s*[\w.:-]+\s*", spec) and spec.strip() not in COMPOSED:
             return build(spec.strip(), options)
         if options:
             raise MethodError(f"method: options belong inside the text here: {spec!r} and {options!r}")
@@ -92,7 +94,13 @@ def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _call(make: Any, name: str, options: Mapping[str, Any]) -> Method:
-    """`make` is a `Method` class; anything else is left to the torch bridge."""
+    """`make` is a `Method` class; any other class is left to the torch bridge."""
+    if not isinstance(make, type):
+        came = reprlib.repr(make)
+        if isinstance(make, torch.optim.Optimizer):  # whose repr has a line for each option
+            kind = type(make).__name__
+            came = f"an instance of {kind}; pass the class and its options, method({kind}, lr=...)"
+        raise MethodError(f"method: expected text, a class or a Method, got {came}")
     if not (isinstance(make, type) and issubclass(make, Method)):
         made: Method = composition("torch")(make, dict(options))
         return made

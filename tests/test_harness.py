@@ -347,6 +347,14 @@ def test_a_checkpoint_needs_a_folder(tmp_path):
         minimize(bowl, np.zeros(2), "cma.cmaes", budget=10, checkpoint=tmp_path / "no" / "run.pt")
 
 
+@pytest.mark.parametrize("callbacks", [3, [3], None])
+def test_callbacks_are_callables(callbacks):
+    with pytest.raises(
+        ObjectiveError, match=r"callbacks: expected a callable, .* or a list of callables, got"
+    ):
+        minimize(bowl, np.ones(2), "cmaes", budget=9, callbacks=callbacks)
+
+
 def test_unknown_arguments_name_the_nearest():
     with pytest.raises(ObjectiveError, match="unknown argument 'bound'; nearest: bounds"):
         minimize(bowl, np.zeros(2), "cma.cmaes", budget=10, bound=(-1, 1))

@@ -239,8 +239,18 @@ def test_wrong_arguments_are_named() -> None:
     for wrong in (0, 2.5, True):
         with pytest.raises(ObjectiveError, match="candidates: expected a whole number of at least 1"):
             hybridopt.Objective(lambda x: (x**2).sum(), start(), score=lambda x: 0.0, candidates=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ObjectiveError, match="expected a function"):
-        hybridopt.Objective(lambda x: (x**2).sum(), start(), score=3)  # type: ignore[arg-type]
+    for name in ("score", "surrogate"):
+        with pytest.raises(ObjectiveError, match=f"^{name}: expected a function, got int$"):
+            hybridopt.Objective(lambda x: (x**2).sum(), start(), **{name: 3})
+    two: Any = lambda x, y: 0.0  # noqa: E731
+    with pytest.raises(ObjectiveError, match=r"^score: expected a function of the model .* it needs x, y"):
+        hybridopt.Objective(lambda x: (x**2).sum(), start(), score=two)
+    for value, message in (
+        ("a", "a number or a one-element tensor, got str"),
+        (torch.ones(2), "one real number"),
+    ):
+        with pytest.raises(ObjectiveError, match=f"^score: expected {message}"):
+            hybridopt.minimize(lambda x: (x**2).sum(), start(), "cmaes", budget=9, score=lambda x, v=value: v)
 
 
 def test_constraints_are_refused() -> None:
