@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 import math
-import statistics
 import time
 import traceback
 import warnings
@@ -22,14 +21,13 @@ from hybridopt.harness import Run, checkpoint_file, load_checkpoint, save_checkp
 from hybridopt.ledger import Ledger
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Answer, FloatArray, Kind, Method, Request
+from hybridopt.pruning import PRUNERS, Pruner
 from hybridopt.randomness import derive_seed
 from hybridopt.registry import composition
 from hybridopt.result import Result
 from hybridopt.space import Space, Value
 
 Config: TypeAlias = dict[str, Value]
-Early: TypeAlias = Literal["median", "halving"]
-PATIENCE = 4  # trials that early stopping waits for before it compares
 
 
 class TrialPruned(HybridoptError):
@@ -44,7 +42,7 @@ class Trial:
     """From 0, in the order of asking."""
     seed: int
     """For the training's own random numbers: a pure function of the study's seed and the trial's number."""
-    early: Early | None = None
+    early: Pruner | None = None
     earlier: tuple[dict[int, float], ...] = ()
     """Intermediate losses by step of the trials that had ended when this one's generation was asked for."""
     reports: dict[int, float] = field(default_factory=dict)
@@ -63,38 +61,8 @@ class Trial:
         if not isinstance(step, int) or step <= before:
             raise ObjectiveError(f"report: expected a whole number above {before} as step, got {step!r}")
         self.reports[int(step)] = float(loss)
-        if self.early is not None and hopeless(self.early, int(step), self.reports, self.earlier):
+        if self.early is not None and self.early.hopeless(int(step), self.reports, self.earlier):
             raise TrialPruned(f"trial {self.number} was given up after step {step}")
-
-
-def hopeless(
-    early: Early, step: int, reports: Mapping[int, float], earlier: Sequence[Mapping[int, float]]
-) -> bool:
-    """Whether early stopping gives a trial up after `step`.
-
-    `"median"`: its best loss so far is above the median of what earlier trials had reported up to this step
-    (Golovin et al. 2017, the median stopping rule). `"halving"`: at the steps 1, 2, 4, 8, ... it is not in the better
-    half of the earlier trials that came so far (Li et al. 2020, asynchronous successive halving, reduction factor 2).
-    Both wait for 4 trials that came so far; nan counts as the worst.
-    """
-    if early == "halving":
-        if step & (step - 1):
-            return False
-        loss = _lowest([reports[step]])
-        others = [_lowest([trial[step]]) for trial in earlier if step in trial]
-    else:
-        loss = _lowest(reports.values())
-        others = [
-            _lowest(value for at, value in trial.items() if at <= step)
-            for trial in earlier
-            if min(trial) <= step <= max(trial)
-        ]
-    return len(others) >= PATIENCE and (math.isinf(loss) or loss > statistics.median(others))
-
-
-def _lowest(losses: Iterable[float]) -> float:
-    """The lowest loss; nan is none."""
-    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -160,7 +128,7 @@ def tune(
     *,
     seed: int | None = None,
     start: Mapping[str, Value] | None = None,
-    early: Early | None = None,
+    early: Literal["median", "halving"] | Pruner | None = None,
     workers: int | concurrent.futures.Executor = 1,
     checkpoint: str | Path | None = None,
     callbacks: Iterable[Callable[[TrialRecord], Any]] | Callable[[TrialRecord], Any] = (),
@@ -178,7 +146,8 @@ def tune(
         budget: number of trials, or anything that `Budget.parse` takes (`"600s"`).
         seed: of the method and the trials; None = drawn and recorded.
         start: values to begin at; default the middle of the space. (Populations begin around it.)
-        early: `"median"` or `"halving"` give hopeless trials up, see `hopeless`; None (default) = none.
+        early: gives hopeless trials up: `"median"` = `MedianPruner()`, `"halving"` = `HalvingPruner()`, or one of
+            these from `hybridopt.pruning` with options, above all its grace period; None (default) = none.
         workers: trials at a time: a number of threads (training in torch and NumPy leaves Python's lock most of the
             time), or a `concurrent.futures.Executor` of processes or machines, which `train` must be picklable for.
             What a trial is told does not depend on it, so the search is the same; global random generators are shared
@@ -291,13 +260,16 @@ class _Trials(Objective):
         train: Callable[..., float],
         space: Space,
         start: Mapping[str, Value] | None,
-        early: Early | None,
+        early: Literal["median", "halving"] | Pruner | None,
     ) -> None:
-        if early not in (None, "median", "halving"):
-            raise ObjectiveError(f"tune: expected early to be 'median', 'halving' or None, got {early!r}")
+        pruner = PRUNERS[early]() if isinstance(early, str) and early in PRUNERS else early
+        if not (pruner is None or isinstance(pruner, Pruner)):
+            raise ObjectiveError(
+                f"tune: expected early to be 'median', 'halving', a pruner or None, got {early!r}"
+            )
         if not isinstance(space, Space):
             raise ObjectiveError(f"tune: expected a Space, got {type(space).__name__}; see hybridopt.space")
-        self.train, self.space, self.early = train, space, early
+        self.train, self.space, self.early = train, space, pruner
         self.takes_trial = _takes_trial(train)
         if early is not None and not self.takes_trial:
             raise ObjectiveError(

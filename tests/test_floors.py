@@ -78,7 +78,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/adapters.py",
         "hybridopt/presets.py",
     ),  # where methods stand side by side
-    7: ("hybridopt/harness.py", "hybridopt/layers.py", "hybridopt/tuning.py"),
+    7: ("hybridopt/harness.py", "hybridopt/layers.py", "hybridopt/pruning.py", "hybridopt/tuning.py"),
     8: (
         "hybridopt/__init__.py",
         "hybridopt/cli.py",

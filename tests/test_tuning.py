@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from hybridopt import minimize, tune
-from hybridopt.errors import ObjectiveError, StateError
+from hybridopt.errors import MethodError, ObjectiveError, StateError
 from hybridopt.layers import layer_groups, layers
+from hybridopt.pruning import HalvingPruner, MedianPruner
 from hybridopt.space import Categorical, Float, Int, Space
-from hybridopt.tuning import PATIENCE, Trial, TrialPruned, TrialRecord, hopeless
+from hybridopt.tuning import Trial, TrialPruned, TrialRecord
 
 SPACE = Space(
     {
@@ -108,24 +109,78 @@ def test_a_training_in_torch() -> None:
 
 
 def test_median_rule() -> None:
+    rule = MedianPruner(n_warmup_steps=0)
     earlier = [{1: 1.0, 2: value} for value in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    assert hopeless("median", 2, {1: 1.0, 2: 0.31}, earlier)
-    assert not hopeless("median", 2, {1: 1.0, 2: 0.29}, earlier)
-    assert not hopeless("median", 2, {1: 0.29, 2: 0.9}, earlier)  # its best so far counts
-    assert hopeless("median", 2, {2: math.nan}, earlier)
-    assert not hopeless("median", 2, {2: 9.0}, earlier[: PATIENCE - 1])
-    assert not hopeless("median", 3, {3: 9.0}, earlier)  # nobody came so far
-    assert not hopeless("median", 5, {5: 1.0}, [{10: 0.5}] * 5)  # nobody had reported yet
+    assert rule.hopeless(2, {1: 1.0, 2: 0.31}, earlier)
+    assert not rule.hopeless(2, {1: 1.0, 2: 0.29}, earlier)
+    assert not rule.hopeless(2, {1: 0.29, 2: 0.9}, earlier)  # its best so far counts
+    assert rule.hopeless(2, {2: math.nan}, earlier)
+    assert not rule.hopeless(2, {2: 9.0}, earlier[:3])
+    assert MedianPruner(3, 0).hopeless(2, {2: 9.0}, earlier[:3])
+    assert not rule.hopeless(3, {3: 9.0}, earlier)  # nobody came so far
+    assert not rule.hopeless(5, {5: 1.0}, [{10: 0.5}] * 5)  # nobody had reported yet
     for nan in ({1: math.nan, 2: 0.5}, {1: 0.5, 2: math.nan}):
-        assert hopeless("median", 2, {2: 0.6}, [nan] * 5)
-    assert not hopeless("median", 2, {2: 0.6}, [{2: math.nan}] * 5)  # nan is the worst, not nothing
+        assert rule.hopeless(2, {2: 0.6}, [nan] * 5)
+    assert not rule.hopeless(2, {2: 0.6}, [{2: math.nan}] * 5)  # nan is the worst, not nothing
+    assert rule.hopeless(2, {2: math.nan}, [{2: math.nan}] * 5)
 
 
 def test_halving_rule() -> None:
-    earlier = [{4: value, 5: 0.0} for value in (0.1, 0.2, 0.3, 0.4)]
-    assert hopeless("halving", 4, {4: 0.26}, earlier)
-    assert not hopeless("halving", 4, {4: 0.24}, earlier)
-    assert not hopeless("halving", 5, {5: 9.0}, earlier)  # no rung
+    """Rungs at 2, 4 and 8 of at most 10 steps: there the better half of all five goes on, the third included."""
+    rule = HalvingPruner(min_resource=2)
+    earlier = [{4: value, 5: 0.0, 10: 0.0} for value in (0.1, 0.2, 0.3, 0.4)]
+    assert rule.hopeless(4, {4: 0.31}, earlier)
+    assert not rule.hopeless(4, {4: 0.29}, earlier)
+    assert rule.hopeless(4, {4: math.nan}, earlier)
+    assert not rule.hopeless(4, {4: 9.0}, earlier[:3])
+    assert not rule.hopeless(5, {4: 0.0, 5: 9.0}, earlier)  # no rung
+    assert not rule.hopeless(1, {1: 9.0}, earlier)  # before the first
+    assert rule.hopeless(9, {4: 0.0, 9: 9.0}, earlier)  # its first report after a rung counts
+    assert rule.hopeless(5, {3: 0.0, 5: 0.31}, earlier)  # so does theirs
+    assert rule.hopeless(
+        4, {4: math.nan}, [{4: math.nan, 10: 0.0}] * 4
+    )  # nan is the worst even among its like
+    assert not HalvingPruner(min_resource=5).hopeless(
+        10, {5: 0.0, 10: 9.0}, earlier
+    )  # no rung at the very end
+    quarter = HalvingPruner(min_resource=2, reduction_factor=4)  # of five the better two
+    assert quarter.hopeless(2, {2: 0.21}, earlier)
+    assert not quarter.hopeless(2, {2: 0.19}, earlier)
+    assert not quarter.hopeless(4, {2: 0.0, 4: 9.0}, earlier)  # the next rung is 8
+
+
+def test_the_grace_period() -> None:
+    """Unless it is given: a fifth, or an eighth, of the longest earlier trial's steps."""
+    earlier = [dict.fromkeys(range(1, 41), 0.0)] * 4
+    worst = dict.fromkeys(range(1, 41), 9.0)
+
+    def first(rule: Any) -> int:
+        told = ({s: loss for s, loss in worst.items() if s <= step} for step in worst)
+        return next(max(reports) for reports in told if rule.hopeless(max(reports), reports, earlier))
+
+    assert first(MedianPruner()) == 9
+    assert first(MedianPruner(n_warmup_steps=20)) == 21
+    assert first(HalvingPruner()) == 5
+    assert first(HalvingPruner(min_resource=7)) == 7
+    cut = tune(learning, SPACE, budget=40, seed=2, early=MedianPruner(n_warmup_steps=5))
+    assert min(max(t.reports) for t in cut.trials if t.state == "pruned") == 6
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MedianPruner(n_warmup_steps=-1), "MedianPruner: expected n_warmup_steps >= 0, got -1"),
+        (lambda: MedianPruner(n_startup_trials=0), "MedianPruner: expected n_startup_trials >= 1, got 0"),
+        (
+            lambda: HalvingPruner(min_resource=0.5),
+            "HalvingPruner: expected min_resource to be a whole number",
+        ),
+        (lambda: HalvingPruner(reduction_factor=1), "HalvingPruner: expected reduction_factor >= 2, got 1"),
+    ],
+)
+def test_what_is_no_pruner(make: Any, message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("early", ["median", "halving"])
@@ -137,7 +192,6 @@ def test_hopeless_trials_are_given_up(early: Any) -> None:
     assert 5 < len(pruned) < 55
     for t in pruned:
         assert t.loss == t.reports[max(t.reports)]
-        assert len(t.reports) < 8 or early == "median" or max(t.reports) == 8
     assert cut.best.state == "complete"
     assert sum(len(t.reports) for t in cut.trials) < 0.8 * sum(len(t.reports) for t in full.trials)
 
@@ -149,7 +203,7 @@ def test_reports_go_forward() -> None:
         with pytest.raises(ObjectiveError, match=f"expected a whole number above 3 as step, got {step}"):
             trial.report(step, 1.0)  # type: ignore[arg-type]
     with pytest.raises(TrialPruned, match="trial 9 was given up after step 1"):
-        Trial(9, 0, "median", ({1: 0.0},) * PATIENCE).report(1, 1.0)
+        Trial(9, 0, MedianPruner(n_warmup_steps=0), ({1: 0.0},) * 4).report(1, 1.0)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------
@@ -218,7 +272,7 @@ def test_interrupts_pass() -> None:
     [
         ({"train": 3}, r"expected a function train\(config\) or train\(config, trial\), got 3"),
         ({"space": {"lr": 3}}, "expected a Space, got dict"),
-        ({"early": "soon"}, "expected early to be 'median', 'halving' or None, got 'soon'"),
+        ({"early": "soon"}, "expected early to be 'median', 'halving', a pruner or None, got 'soon'"),
         ({"workers": 0}, "expected workers >= 1 or an executor, got 0"),
         ({"workers": 2.5}, "expected workers >= 1 or an executor, got 2.5"),
         ({"early": "median"}, r"early='median' expects train\(config, trial\)"),
