@@ -24,7 +24,7 @@ from hybridopt.harness import Run
 from hybridopt.ledger import Budget, Reason
 from hybridopt.optimizer import Method, Need, Step
 from hybridopt.problems import builder, names
-from hybridopt.tracker import Tracker
+from hybridopt.tracker import Tracker, check_folder
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -158,9 +158,8 @@ def compare(
     Without options: the seed comparison, seven methods on the problem `identity` with seed 42. The exit code is 1
     if a run failed.
     """
-    for file in (json_file, plot_file):
-        if file is not None and not file.parent.is_dir():
-            raise _UsageFault(f"{file}: expected an existing folder, there is no {str(file.parent)!r}")
+    if json_file is not None:
+        check_folder(json_file)
     if plot_file is not None:
         report.check_plot(plot_file, x)
     given = None if methods is None else split_methods(methods)

@@ -266,7 +266,7 @@ def minimize(
         budget: evaluations (`137`, `"137"`), forward-equivalents (`"1000fe"`), seconds (`"30s"`), or a `Budget`;
             never exceeded by one evaluation.
         seed: of the method and of the random numbers that the loss draws; None = drawn and recorded.
-        tracker: collects one row per evaluation.
+        tracker: collects one row per evaluation of the loss (those of a score have none).
         callbacks: each called as `callback(run, step)` after every step; a true return value ends the run.
         checkpoint: a file. If it exists the run goes on from it; it is written every `checkpoint_seconds` seconds
             and at the end, atomically.

@@ -14,8 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from hybridopt.errors import HybridoptError
-from hybridopt.tracker import RunLog, Tracker
+from hybridopt.tracker import ReportError, RunLog, Tracker, check_folder
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -26,10 +25,6 @@ AXES = {"forward_equivalents": "forward-equivalents", "seconds": "seconds"}
 """What the x axis of a plot can show, with its title."""
 COLUMN, ENTRY, LINE = 60, 90, 125
 """Characters at most: of a column of labels, in which longer ones are folded; of a legend's entry, and its line."""
-
-
-class ReportError(HybridoptError, ValueError):
-    """A table or plot was asked for in a way that it cannot be made."""
 
 
 # -- tables -----------------------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def plot(tracker: Tracker, path: str | Path, x: str = "forward_equivalents") -> 
         The path written.
 
     Raises:
-        ReportError: no runs, another x, or an ending that names no format.
+        ReportError: no runs, another x, an ending that names no format, or a folder that is not there.
     """
     path = Path(path)
     check_plot(path, x)
@@ -278,6 +273,7 @@ def check_plot(path: Path, x: str = "forward_equivalents") -> None:
         raise ReportError(
             f"plot: expected a file name ending in one of .{', .'.join(known)}, got {path.name!r}"
         )
+    check_folder(path)
 
 
 def steps(run: RunLog, x: str) -> tuple[list[float], list[float]]:

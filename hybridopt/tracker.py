@@ -1,4 +1,4 @@
-"""One row per evaluation, in counters that mean the same for every method."""
+"""One row per evaluation of the loss, in counters that mean the same for every method."""
 
 from __future__ import annotations
 
@@ -9,15 +9,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hybridopt.errors import StateError
+from hybridopt.errors import HybridoptError, StateError
 from hybridopt.ledger import Ledger
 
 if TYPE_CHECKING:
     from hybridopt.result import Result
 
 
+class ReportError(HybridoptError, ValueError):
+    """A table, plot or file was asked for in a way that it cannot be made."""
+
+
+def check_folder(path: Path) -> None:
+    """Raise `ReportError` if the folder is not there that a file is to be written in."""
+    if not path.parent.is_dir():
+        raise ReportError(
+            f"{path}: expected an existing folder, there is no {str(path.parent)!r}; make it first, or name another one"
+        )
+
+
 class Row(NamedTuple):
-    """One evaluation of one run."""
+    """One evaluation of the loss in one run.
+
+    The evaluations of a score, which `minimize(score=)` makes at the end, are counted in the result and have no row.
+    """
 
     label: str
     seed: int
@@ -150,6 +165,7 @@ class Tracker:
 
     def to_jsonl(self, path: str | Path) -> None:
         """One JSON object a row; losses that are not finite are written as null."""
+        check_folder(Path(path))
         with Path(path).open("w", encoding="utf-8") as file:
             for row in self.rows():
                 plain = {k: _jsonable(v) for k, v in row._asdict().items()}

@@ -230,6 +230,7 @@ def test_threads_are_set_for_the_run_only(monkeypatch: pytest.MonkeyPatch) -> No
         (["compare", "--seeds", "0"], "--seeds"),
         (["compare", "--budgt", "3"], "unknown option '--budgt'; nearest: --budget"),
         (["compare", "--json", "nowhere/out.json"], "there is no 'nowhere'"),
+        (["compare", "--plot", "nowhere/out.png"], "there is no 'nowhere'"),
         (["compare", "--plot", "out.xyz"], "ending in one of"),
         (["compare", "--x", "iterations"], "'forward_equivalents', 'seconds'"),
         (["compare", "extra"], "extra"),

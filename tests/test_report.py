@@ -224,6 +224,7 @@ def test_the_ending_chooses_the_format(name: str, tmp_path: Path) -> None:
     [
         ("a.xyz", "seconds", r"ending in one of .*\.png.*got 'a.xyz'"),
         ("a", "seconds", "ending in one of"),
+        ("no/a.png", "seconds", r"expected an existing folder, there is no '.*no'; make it first, or name"),
         ("a.png", "iterations", "'forward_equivalents' or 'seconds', got 'iterations'"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hybridopt import Tracker, minimize
+from hybridopt.tracker import ReportError
 
 
 def rosenbrock(x):
@@ -61,6 +62,11 @@ def test_plain_data(tracker, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == sum(map(len, tracker.runs))
     assert rows[0]["label"] == "cmaes"
+
+
+def test_rows_need_a_folder(tracker, tmp_path):
+    with pytest.raises(ReportError, match="expected an existing folder, there is no"):
+        tracker.to_jsonl(tmp_path / "no" / "rows.jsonl")
 
 
 def test_losses_that_are_not_finite_become_null(tmp_path):
