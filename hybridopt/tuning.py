@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import HybridoptError, ObjectiveError, StateError
+from hybridopt.forms import as_number
 from hybridopt.harness import Run, checkpoint_file, load_checkpoint, save_checkpoint
 from hybridopt.ledger import Ledger
 from hybridopt.objective import Objective
@@ -242,7 +243,7 @@ def _run_trial(train: Callable[..., Any], config: Config, trial: Trial, takes_tr
     loss, state, error, cause = math.nan, "complete", "", ""
     try:
         with torch.enable_grad():
-            loss = float(train(dict(config), trial) if takes_trial else train(dict(config)))
+            loss, _ = as_number(train(dict(config), trial) if takes_trial else train(dict(config)))
     except TrialPruned:
         loss, state = (trial.reports[max(trial.reports)] if trial.reports else math.nan), "pruned"
     except Exception as failure:  # noqa: BLE001 - a training run may fail in any way; it is recorded

@@ -246,6 +246,13 @@ def test_all_failed(method: str) -> None:
         _ = tuning.best
 
 
+def test_a_forgotten_return_is_said() -> None:
+    with pytest.warns(RuntimeWarning):
+        tuning = tune(lambda config: None, SPACE, budget=2, seed=0)  # type: ignore[arg-type, return-value]
+    said = "ObjectiveError: loss: expected a number or a one-element tensor, got NoneType"
+    assert [t.cause for t in tuning.trials] == [said] * 2
+
+
 def test_a_trial_that_gives_itself_up() -> None:
     def train(config: dict[str, Any], trial: Trial) -> float:
         if config["width"] > 20:
