@@ -19,8 +19,8 @@ class MedianPruner:
     """Gives a trial up whose best loss so far is above the median of what earlier ones had reached at this step.
 
     The median stopping rule (Golovin et al. 2017), but with the earlier trials' best losses in place of their running
-    averages, and of all that came so far, given up later or not. nan counts as the worst. Expect it to give up two
-    trials in three, or more.
+    averages, and of all that came so far, given up later or not. nan counts as the worst. Expect it to give up
+    more than half of the trials.
 
     Args:
         n_startup_trials: how many earlier trials must have come so far before it compares.
