@@ -1,7 +1,8 @@
-"""The command line: `hybridopt compare` and `hybridopt methods`."""
+"""The command line: `hybridopt compare` and `hybridopt methods [NAME]`."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -24,6 +25,7 @@ from hybridopt.harness import Run
 from hybridopt.ledger import Budget, Reason
 from hybridopt.optimizer import Method, Need, Step
 from hybridopt.problems import builder, names
+from hybridopt.text import print_value
 from hybridopt.tracker import Tracker, check_folder
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -281,8 +283,15 @@ def _progress(total: int) -> Iterator[_Display]:
 
 
 @main.command()
-def methods() -> None:
-    """List the installed methods, what each must have (needs) and what it takes when it is there (uses)."""
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the installed methods, what each must have (needs) and what it takes when it is there (uses).
+
+    With the NAME of a method or composition: its options, their defaults, and what they mean.
+    """
+    if name is not None:
+        click.echo(_description(name))
+        return
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("method", "needs", "uses", "summary"):
         made.add_column(column, no_wrap=column != "summary")
@@ -295,10 +304,25 @@ def methods() -> None:
             continue
         method = kind if isinstance(kind, type) and issubclass(kind, Method) else Method
         made.add_row(name, _words(method.needs), _words(method.uses), _summary(kind))
+    for name in registry.COMPOSED:
+        made.add_row(f"{name}(...)", "as inside", "as inside", _summary(registry.composition(name)))
     width = Console().width if sys.stdout.isatty() else None
     click.echo(report.render(made, width))
     for message in broken:
         click.echo(f"broken: {message}", err=True)
+
+
+def _description(name: str) -> str:
+    """A method's options with their defaults, and its docstring."""
+    kind = registry.composition(name) if name in registry.COMPOSED else registry.factory(name)
+    optimizer = getattr(kind, "cls", kind)  # a torch optimizer, which takes the options, as a method
+    options = []
+    for option in inspect.signature(optimizer).parameters.values():
+        if option.default is not option.empty:
+            options.append(f"{option.name}={print_value(option.default)}")
+        elif optimizer is kind:
+            options.append(option.name)
+    return f"{name}({', '.join(options)})\n\n{inspect.getdoc(optimizer)}"
 
 
 def _words(needs: frozenset[Need]) -> str:

@@ -234,6 +234,8 @@ def test_threads_are_set_for_the_run_only(monkeypatch: pytest.MonkeyPatch) -> No
         (["compare", "--plot", "out.xyz"], "ending in one of"),
         (["compare", "--x", "iterations"], "'forward_equivalents', 'seconds'"),
         (["compare", "extra"], "extra"),
+        (["methods", "SLSQP"], "unknown name 'SLSQP'; nearest: slsqp"),
+        (["methods", "slsqp", "adam"], "adam"),
         (["compar"], "unknown command 'compar'; nearest: compare"),
         (["--versio"], "unknown option '--versio'; nearest: --version"),
     ],
@@ -290,6 +292,41 @@ def test_methods_lists_what_each_needs() -> None:
     assert rows["torch.adam"].split()[1:3] == ["gradient", "bounds"]
     assert "quasi-Newton" in rows["scipy.slsqp"]
     assert result.stderr == ""
+
+
+def test_methods_lists_compositions_too() -> None:
+    rows = [line.split()[0] for line in run("methods").stdout.splitlines()]
+    assert {f"{name}(...)" for name in registry.COMPOSED} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "meaning"),
+    [
+        ("slsqp", "slsqp(ftol=1e-06, maxiter=100, eps=None, gradients=auto)", "ftol: stop when the loss"),
+        ("torch.sgd", "torch.sgd(lr=0.001, momentum=0, dampening=0", "momentum (float, optional)"),
+        ("adam", "adam(lr=0.001, betas=(0.9, 0.999)", "weight_decay"),
+        ("restart", "restart(method, begin_at=perturb, sigma=None", "sigma: in solver coordinates"),
+        ("race", "race(methods, rung=None, keep=0.5)", "keep: the part that goes on"),
+    ],
+)
+def test_methods_shows_the_options_of_one(name: str, call: str, meaning: str) -> None:
+    result = run("methods", name)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(call)
+    assert meaning in result.stdout
+
+
+def test_every_method_can_be_shown() -> None:
+    for name in (*registry.names(), *registry.COMPOSED):
+        assert cli._description(name).startswith(f"{name}("), name
+
+
+def test_the_package_runs_as_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hybridopt", "--version"],
+        capture_output=True, text=True, timeout=120, env=environment(), check=True,
+    )  # fmt: skip
+    assert done.stdout == f"hybridopt, version {hybridopt.__version__}\n"
 
 
 def test_methods_reports_a_broken_plugin_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     7: ("hybridopt/harness.py", "hybridopt/layers.py", "hybridopt/pruning.py", "hybridopt/tuning.py"),
     8: (
         "hybridopt/__init__.py",
+        "hybridopt/__main__.py",
         "hybridopt/cli.py",
         "hybridopt/compare.py",
         "hybridopt/problems/",
