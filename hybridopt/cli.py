@@ -20,7 +20,7 @@ from rich.table import Table
 
 from hybridopt import __version__, registry, report
 from hybridopt import compare as comparing
-from hybridopt.errors import HybridoptError, MethodError, PluginError
+from hybridopt.errors import HybridoptError, MethodError, PluginError, nearest
 from hybridopt.harness import Run
 from hybridopt.ledger import Budget, Reason
 from hybridopt.optimizer import Method, Need, Step
@@ -55,7 +55,7 @@ class _Commands(click.Group):
         name = args[0]
         known = self.list_commands(ctx)
         if name not in known and not name.startswith("-"):
-            raise _UsageFault(f"unknown command {name!r}{registry.nearest(name, known)}")
+            raise _UsageFault(f"unknown command {name!r}{nearest(name, known)}")
         return super().resolve_command(ctx, args)
 
 
@@ -72,7 +72,7 @@ def _one_line() -> Iterator[None]:
         context = error.ctx
         params = context.command.get_params(context) if context is not None else []
         known = [o for p in params for o in p.opts if o.startswith("--")]
-        near = registry.nearest(error.option_name, known)
+        near = nearest(error.option_name, known)
         raise _UsageFault(f"unknown option {error.option_name!r}{near}") from error
     except click.UsageError as error:
         raise _UsageFault(error.format_message()) from error

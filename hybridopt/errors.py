@@ -6,6 +6,9 @@ derive from it, so `except ValueError` keeps working.
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,3 +90,20 @@ class Stop(Exception):
         super().__init__(reason.value)
         self.ledger = ledger
         self.reason = reason
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; nearest: a, b"` for an error message, or all known names when none is near."""
+    known = sorted(known)
+    plain: dict[str, list[str]] = {}
+    for one in known:
+        plain.setdefault(_plain(one), []).append(one)
+    near = [
+        one for match in difflib.get_close_matches(_plain(name), plain, 3, cutoff=0.5) for one in plain[match]
+    ][:3]
+    return f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
+
+
+def _plain(name: str) -> str:
+    """What names are compared by: `L-BFGS-B` is nearest to `lbfgsb`."""
+    return re.sub(r"[\W_]", "", name).casefold()

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from hybridopt import randomness
-from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, StateError, Stop
+from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, StateError, Stop, nearest
 from hybridopt.ledger import Budget, Reason
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Method, Need, Optimizer, Step, leaves, step
-from hybridopt.registry import methods, nearest
+from hybridopt.registry import methods
 from hybridopt.result import Result
 from hybridopt.text import method as read_method
 from hybridopt.tracker import RunLog, Tracker

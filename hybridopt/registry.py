@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
-import re
 import warnings
-from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from hybridopt.errors import MethodError, PluginError
+from hybridopt.errors import MethodError, PluginError, nearest
 from hybridopt.optimizer import Method
 
 GROUP = "hybridopt.optimizers"
@@ -114,23 +111,6 @@ _COMPOSITIONS: dict[str, str] = {
 
 COMPOSED = ("cycle", "restart", "split", "race", "portfolio", "multistart")
 """Compositions that the text form writes as a call with methods inside: `restart(slsqp, sigma=1)`."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; nearest: a, b"` for an error message, or all known names when none is near."""
-    known = sorted(known)
-    plain: dict[str, list[str]] = {}
-    for one in known:
-        plain.setdefault(_plain(one), []).append(one)
-    near = [
-        one for match in difflib.get_close_matches(_plain(name), plain, 3, cutoff=0.5) for one in plain[match]
-    ][:3]
-    return f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
-
-
-def _plain(name: str) -> str:
-    """What names are compared by: `L-BFGS-B` is nearest to `lbfgsb`."""
-    return re.sub(r"[\W_]", "", name).casefold()
 
 
 @functools.cache

@@ -68,8 +68,9 @@ class Result:
 
     @property
     def success(self) -> bool:
-        """Whether a finite loss was seen and nothing failed."""
-        return math.isfinite(self.best_loss) and self.reason not in (Reason.FAILED, Reason.NON_FINITE)
+        """Whether a finite loss was seen where the constraints are kept, and nothing failed."""
+        finite = math.isfinite(self.best_loss) and self.violation == 0
+        return finite and self.reason not in (Reason.FAILED, Reason.NON_FINITE)
 
     def to_dict(self) -> dict[str, Any]:
         """The record without the weights, as plain numbers and text."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.coordinates import FloatArray
-from hybridopt.errors import BoundsError, SelectionError
+from hybridopt.errors import BoundsError, SelectionError, nearest
 from hybridopt.vector import ParameterVector
 
 __all__ = ["Categorical", "Float", "Int", "Space", "Value", "When"]
@@ -175,9 +174,8 @@ class Space:
         """
         unknown = [name for name in values if name not in self.parameters]
         if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), self.parameters, n=3, cutoff=0.5)
-            names = f"nearest: {', '.join(near)}" if near else f"they are {', '.join(self.parameters)}"
-            raise SelectionError(f"space: {unknown[0]!r} is no parameter; {names}")
+            near = nearest(str(unknown[0]), self.parameters)
+            raise SelectionError(f"space: {unknown[0]!r} is no parameter{near}")
         x = self._middle.copy()
         known: dict[str, Value] = {}
         for name, parameter in self.parameters.items():

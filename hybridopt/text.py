@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from hybridopt.errors import BudgetError, MethodError
+from hybridopt.errors import BudgetError, MethodError, nearest
 from hybridopt.ledger import Share
 from hybridopt.optimizer import Method
-from hybridopt.registry import COMPOSED, composition, factory, nearest
+from hybridopt.registry import COMPOSED, composition, factory
 
 _T = TypeVar("_T")
 LIMITS = ("evaluations", "forward_equivalents", "seconds", "target", "steps", "handover")

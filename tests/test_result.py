@@ -36,6 +36,7 @@ def test_a_point_that_breaks_constraints_is_not_printed_like_a_good_one(
         bowl, np.ones(2), "cobyla", budget=1, seed=0, constraints=lambda x: x[0] - 3, tracker=tracker
     )
     assert result.violation == 2
+    assert not result.success
     assert "breaks the constraints by 2, in 1 evaluations" in str(result)
     assert [r["violation"] for r in tracker.results()] == [0, 2]
     header, *_, good, bad = tracker.table().splitlines()
@@ -49,6 +50,7 @@ def test_constraints_that_are_kept_are_not_mentioned() -> None:
         bowl, np.ones(2), "slsqp", budget=60, seed=0, constraints=lambda x: x[0] - 0.5
     )
     assert result.violation == 0
+    assert result.success
     assert "constraints" not in str(result)
 
 

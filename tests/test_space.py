@@ -134,7 +134,7 @@ def test_a_space_as_plain_data() -> None:
         (
             {"lr": 0.1, "width": 8, "depth": 0, "optimizer": "adam", "speed": 1},
             SelectionError,
-            r"'speed' is no parameter; they are lr, width",
+            r"'speed' is no parameter; known: .*, lr, .*, width",
         ),
         ({"lrr": 0.1}, SelectionError, r"'lrr' is no parameter; nearest: lr$"),
     ],

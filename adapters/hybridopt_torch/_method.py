@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from hybridopt.errors import MethodError
+from hybridopt.errors import MethodError, nearest
 from hybridopt.optimizer import FloatArray, HandOver, Many, Method, Need, Optimizer
-from hybridopt.registry import nearest
 from hybridopt.text import LIMITS
 from hybridopt.vector import ParameterVector
 from hybridopt_torch._closure import ClosureRun

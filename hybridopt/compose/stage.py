@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from hybridopt.errors import MethodError
+from hybridopt.errors import MethodError, nearest
 from hybridopt.ledger import Budget, Share
 from hybridopt.optimizer import HandOver, Method, Need, Optimizer
 from hybridopt.options import Count, check_options
-from hybridopt.registry import nearest
 from hybridopt.text import method as read_method
 from hybridopt.text import print_call
 from hybridopt.until import AnyOf, Limit, Switch

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from hybridopt.errors import nearest
 from hybridopt.problems._architecture import train_digits
 from hybridopt.problems._bbob import bbob, bbob_names, bbob_targets
 from hybridopt.problems._control import acrobot, cartpole
@@ -31,7 +32,6 @@ from hybridopt.problems._problem import Build, Problem, ProblemError
 from hybridopt.problems._rounding import pruning, quantisation
 from hybridopt.problems._sampling import sampling
 from hybridopt.problems._thresholds import thresholds
-from hybridopt.registry import nearest
 
 __all__ = [
     "Build",

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybridopt.errors import nearest
 from hybridopt.problems._problem import Build, Problem, ProblemError
-from hybridopt.registry import nearest
 
 
 def load(where: str) -> Build:
