@@ -384,13 +384,6 @@ class Objective:
             raise StateError(
                 f"state: it was saved for weights with {key} {theirs.get(key)}, this objective has {mine[key]}"
             )
-        if self._code is not None and state["code"] not in (None, self._code):
-            warnings.warn(
-                "loss: its code has changed since the state was saved, whose losses and best point are the former "
-                "one's; begin anew (with checkpoint=: another file) unless both tell the same",
-                RuntimeWarning,
-                stacklevel=5,
-            )
         self.ledger.load_state_dict(state["ledger"])
         self.ledger.best_point = None if state["best"] is None else Point.from_state(state["best"])
         self.randomness.load_state_dict(state["randomness"])
@@ -402,6 +395,13 @@ class Objective:
         self.evaluation.closure_backward = state["closure_backward"]
         self._accounts.warned = state["warned"]
         self._guard.set_buffers(state["buffers"])
+        if self._code is not None and state["code"] not in (None, self._code):
+            warnings.warn(
+                "loss: its code has changed since the state was saved, whose losses and best point are the former "
+                "one's; begin anew (with checkpoint=: another file) unless both tell the same",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
