@@ -1,8 +1,8 @@
 """A rule as one compiled loop over all tensors on the CPU (LLVM), reading a table of addresses.
 
 Per step and tensor nothing runs in Python but reading the gradient's address. Compiled once per machine and variant
-(rule, flags, dtype) in a twentieth of a second, and kept on disk under a key that covers the rule's text, the
-compiler's version and the processor.
+(rule, flags, dtype) in a twentieth of a second, and kept on disk under a digest of its instructions, the compiler's
+version and the processor.
 """
 
 from __future__ import annotations
