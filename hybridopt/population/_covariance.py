@@ -102,6 +102,20 @@ def constants(n: int, popsize: int, kind: str, active: bool) -> Constants:
     )
 
 
+class Steps(NamedTuple):
+    """What a generation tried."""
+
+    order: IntArray
+    """Shape (popsize,): which row is the best, the second, ..."""
+    z: FloatArray
+    """Shape (popsize, n): normal numbers."""
+    y: FloatArray
+    """Shape (popsize, n): the steps made of them."""
+    z_w: FloatArray
+    """Shape (n,): weighted mean of z; `y_w` of y."""
+    y_w: FloatArray
+
+
 class Covariance(Plain, abc.ABC):
     """The shape of the distribution."""
 
@@ -110,24 +124,12 @@ class Covariance(Plain, abc.ABC):
         """Steps y ~ N(0, C), shape (popsize, n), of z ~ N(0, I)."""
 
     @abc.abstractmethod
-    def adapt(
-        self,
-        k: Constants,
-        order: IntArray,
-        z: FloatArray,
-        y: FloatArray,
-        z_w: FloatArray,
-        y_w: FloatArray,
-        h_sigma: bool,
-    ) -> None:
+    def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """Make the steps of a generation's better half more likely.
 
         Args:
             k: weights and rates.
-            order: shape (popsize,), which row is the best, the second, ...
-            z: shape (popsize, n), normal numbers.
-            y: shape (popsize, n), the steps made of them; may be overwritten.
-            z_w, y_w: shape (n,), their weighted means.
+            steps: of a generation; its y may be overwritten.
             h_sigma: False where p_sigma is so long that p_c should not follow yet.
         """
 
@@ -158,9 +160,9 @@ def _shrinkage(k: Constants, h_sigma: bool) -> float:
     return 1 + k.c_1 * late - k.c_1 - k.c_mu * k.weight_sum
 
 
-def _shares(k: Constants, order: IntArray, z: FloatArray) -> FloatArray:
+def _shares(k: Constants, steps: Steps) -> FloatArray:
     """c_mu w_i°, what each y yᵀ counts in C, by rank (eq. 46). ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used."""
-    squares = np.vecdot(z, z).take(order)
+    squares = np.vecdot(steps.z, steps.z).take(steps.order)
     squares[: k.mu] = 1.0
     shares: FloatArray = k.shares / squares
     return shares
@@ -194,20 +196,11 @@ class Full(Covariance):
         y: FloatArray = dtrmm(1.0, self.U.T, z.T, 0, 1).T  # from the left, lower triangle
         return y
 
-    def adapt(
-        self,
-        k: Constants,
-        order: IntArray,
-        z: FloatArray,
-        y: FloatArray,
-        z_w: FloatArray,
-        y_w: FloatArray,
-        h_sigma: bool,
-    ) -> None:
+    def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: n² popsize operations in place."""
-        follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, y_w)  # eq. 45
-        y = y.take(order, 0)
-        y *= np.sqrt(np.abs(_shares(k, order, z)))[:, None]
+        follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, steps.y_w)  # eq. 45
+        y = steps.y.take(steps.order, 0)
+        y *= np.sqrt(np.abs(_shares(k, steps)))[:, None]
         # eq. 47; the transposes are what Fortran calls a matrix and its lower triangle
         C = dsyrk(1.0, y[: k.mu].T, _shrinkage(k, h_sigma), self.C.T, 0, 1, 1)
         C = dsyr(k.c_1, self.p_c, 1, 1, 0, len(C), C, 1)
@@ -274,21 +267,12 @@ class Separable(Covariance):
         y: FloatArray = z * np.sqrt(self.variances)
         return y
 
-    def adapt(
-        self,
-        k: Constants,
-        order: IntArray,
-        z: FloatArray,
-        y: FloatArray,
-        z_w: FloatArray,
-        y_w: FloatArray,
-        h_sigma: bool,
-    ) -> None:
+    def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: the diagonal of eq. 47."""
-        follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, y_w)
-        shares = np.empty(len(order))
-        shares[order] = _shares(k, order, z)
-        change = shares @ np.square(y, out=y)
+        follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, steps.y_w)
+        shares = np.empty(len(steps.order))
+        shares[steps.order] = _shares(k, steps)
+        change = shares @ np.square(steps.y, out=steps.y)
         self.variances = _shrinkage(k, h_sigma) * self.variances + k.c_1 * self.p_c**2 + change
 
     def deviations(self) -> FloatArray:
@@ -344,21 +328,12 @@ class Limited(Covariance):
             a *= 1 - c
         return a, T
 
-    def adapt(
-        self,
-        k: Constants,
-        order: IntArray,
-        z: FloatArray,
-        y: FloatArray,
-        z_w: FloatArray,
-        y_w: FloatArray,
-        h_sigma: bool,
-    ) -> None:
+    def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: line 18."""
-        popsize, n = z.shape
+        popsize, n = steps.z.shape
         rates = np.minimum(popsize / (n * 4.0 ** np.arange(len(self.M))), 0.5)
         self.M *= (1 - rates)[:, None]
-        self.M += np.outer(np.sqrt(rates * (2 - rates) * k.mu_eff), z_w)
+        self.M += np.outer(np.sqrt(rates * (2 - rates) * k.mu_eff), steps.z_w)
         self.generations += 1
 
     def deviations(self) -> FloatArray:

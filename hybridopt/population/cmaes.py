@@ -26,6 +26,7 @@ from hybridopt.population._covariance import (
     Covariance,
     Full,
     Rate,
+    Steps,
     constants,
     follow,
 )
@@ -233,7 +234,7 @@ class Search(Strategy):
         length = dnrm2(self.p_sigma)
         usual = k.chi * math.sqrt(1 - (1 - k.c_sigma) ** (2 * self.generation))
         h_sigma = length < (1.4 + 2 / (len(self.mean) + 1)) * usual
-        self.shape.adapt(k, order, z, y, z_w, y_w, h_sigma)  # eq. 45-47
+        self.shape.adapt(k, Steps(order, z, y, z_w, y_w), h_sigma)  # eq. 45-47
         growth = math.exp(k.c_sigma / k.d_sigma * (length / k.chi - 1))  # eq. 44
         if self.rate_mean is None:
             daxpy(self._stretched(y_w), self.mean, len(y_w), self.sigma)  # eq. 42
