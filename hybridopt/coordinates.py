@@ -97,3 +97,19 @@ def cells(z: FloatArray, log: Mask | None) -> tuple[FloatArray, FloatArray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = (np.where(log, np.log(whole + half), whole + half) for half in (-0.5, 0.5))
     return low, high
+
+
+def nearest_whole(z: FloatArray, lower: FloatArray, upper: FloatArray, log: Mask | None) -> FloatArray:
+    """Solver coordinates of the whole numbers that `z` stands for, shape (..., n).
+
+    Args:
+        z: solver coordinates of whole numbers.
+        lower, upper: their box (`Coordinates.box`), shape (n,).
+        log: shape (n,), which of them are logarithms (of at least 1); None = none.
+    """
+    if log is None or not log.any():
+        return np.clip(np.rint(z), np.ceil(lower), np.floor(upper))
+    low, high, number = (np.where(log, np.exp(np.where(log, v, 0.0)), v) for v in (lower, upper, z))
+    whole = np.clip(np.rint(number), np.ceil(low), np.floor(high))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(log, np.log(whole), whole)

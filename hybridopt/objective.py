@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -93,6 +93,9 @@ class Objective:
         >>> objective.ledger.evaluations
         1
     """
+
+    dear: ClassVar[bool] = False
+    """Whether an evaluation takes so long, a training run, that a method's own time does not count."""
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class Auto(Method):
     - constraints: SLSQP begun again;
     - residuals: least squares (Levenberg-Marquardt, or TRF within bounds), begun again from perturbed best points
       until the loss is 0;
+    - hyperparameters (`tune`): Bayesian optimisation;
     - whole-numbered weights: CMA-ES with margin, and restarts;
     - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
       weights Adam;
@@ -83,6 +84,8 @@ def choose(objective: Objective) -> tuple[str, str]:
         return f"restart(slsqp, {again})", f"scipy.slsqp from {places}, since it keeps constraints"
     if objective.residuals is not None:
         return "restart(least_squares, target=0)", "least squares, since the residuals are known"
+    if objective.dear and boxed:
+        return "bayes(popsize=4)", "bayes, since each evaluation is a training run"
     if vector.integer is not None:
         search = "cmaes(restarts=bipop)" if n <= DENSE else _of_linear_memory(n)
         return (

@@ -40,6 +40,7 @@ BUILTIN: dict[str, str] = {
     "auto": "hybridopt.presets:Auto",
     "cmaes": "hybridopt.population.cmaes:CMAES",
     "coordinate_search": "hybridopt.population.line:CoordinateSearch",
+    "bayes": "hybridopt.population.bayes:BayesianOptimization",
     "lq_cmaes": "hybridopt.population.surrogate:LQCMAES",
     "pso": "hybridopt.population.pso:PSO",
     "de": "hybridopt.population.de:DifferentialEvolution",

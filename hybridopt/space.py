@@ -140,12 +140,14 @@ class Space:
             name: (0.0, 1.0) if isinstance(p, Categorical) else (float(p.low), float(p.high))
             for name, p in self.parameters.items()
         }
-        return ParameterVector(
+        vector = ParameterVector(
             tensors,
             bounds=boxes,
             integer=lambda name, _: isinstance(self.parameters[name], Int),
             log=lambda name, _: getattr(self.parameters[name], "log", False),
         )
+        vector.choices = frozenset(name for name, p in self.parameters.items() if isinstance(p, Categorical))
+        return vector
 
     def values(self, x: npt.ArrayLike | Tensor | Mapping[str, Tensor]) -> dict[str, Value]:
         """What a point stands for: float, int or the choice, of the parameters that count there.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybridopt.coordinates import Mask
+from hybridopt.coordinates import Mask, nearest_whole
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import HandOver
 from hybridopt.vector import ParameterVector
@@ -48,6 +48,8 @@ class Start:
     """Shape (n,): coordinates that stand for the nearest whole number, unscaled (`cells`); None = none."""
     log: Mask | None = None
     """Shape (n,): coordinates that are logarithms; None = none."""
+    choices: tuple[tuple[int, int], ...] = ()
+    """(first, last + 1) of coordinates of which only the largest counts, the first of equal ones."""
     constrained: bool = False
     """Whether there are constraints beside the bounds (`Ask.limits`)."""
 
@@ -69,6 +71,23 @@ class Start:
         """`x`, shape (..., n), brought inside the bounds (solvers stray by a rounding error); unbounded: `x` itself."""
         return np.asarray(np.clip(x, self.lower, self.upper)) if self.bounded else x
 
+    def meant(self, x: FloatArray) -> FloatArray:
+        """What points stand for, shape (..., n): whole numbers as such, 1 for what is chosen, 0 for the rest."""
+        if self.integer is None and not self.choices:
+            return x
+        x = np.array(x)
+        if self.integer is not None:
+            x[..., self.integer] = nearest_whole(
+                x[..., self.integer],
+                self.lower[self.integer],
+                self.upper[self.integer],
+                None if self.log is None else self.log[self.integer],
+            )
+        for first, last in self.choices:
+            chosen = x[..., first:last].argmax(axis=-1, keepdims=True)
+            x[..., first:last] = np.arange(last - first) == chosen
+        return x
+
     @classmethod
     def at(cls, vector: ParameterVector, seed: int, warm: HandOver | None) -> Start:
         """The start on a vector: the handed-over point, clipped to the bounds, or where the weights stand."""
@@ -85,6 +104,7 @@ class Start:
             names=names,
             integer=vector.integer,
             log=vector.log,
+            choices=tuple((s.start, s.stop) for name, s in vector.slices.items() if name in vector.choices),
             constrained=vector.constrained,
         )
         if warm is None:
@@ -109,7 +129,8 @@ class Start:
             value = getattr(self, name)
             arrays[name] = None if value is None else torch.tensor(value)
         plain = {name: getattr(self, name) for name in self._PLAIN}
-        return arrays | plain | {"names": [list(part) for part in self.names]}
+        names, choices = [list(part) for part in self.names], [list(part) for part in self.choices]
+        return arrays | plain | {"names": names, "choices": choices}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Start:
@@ -120,7 +141,8 @@ class Start:
         }
         parts |= {name: state[name] for name in cls._PLAIN}
         names = tuple((name, first, last) for name, first, last in state["names"])
-        return cls(**parts, names=names)
+        choices = tuple((first, last) for first, last in state["choices"])
+        return cls(**parts, names=names, choices=choices)
 
 
 class Ending(NamedTuple):

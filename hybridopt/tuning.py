@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ class Tuning:
 def tune(
     train: Callable[..., float],
     space: Space,
-    method: str | type | Method = "cmaes",
+    method: str | type | Method = "bayes(popsize=4)",
     budget: Any = 100,
     *,
     seed: int | None = None,
@@ -142,7 +142,9 @@ def tune(
             A trial that raises an exception is recorded as failed and its point rejected; the search goes on, with a
             warning of the first one, and another at the end if all failed.
         space: the parameters.
-        method: text or a `Method`; anything that needs no gradients. Default CMA-ES. A method that asks for whole
+        method: text or a `Method`; anything that needs no gradients. Default Bayesian optimisation, four trials at a
+            time: `bayes` learns most from each trial if they come one by one; for more than four workers name
+            `"bayes(popsize=8)"` or more, for thousands of quick trials `"cmaes"`. A method that asks for whole
             populations is what `workers` need.
         budget: number of trials, or anything that `Budget.parse` takes (`"600s"`).
         seed: of the method and the trials; None = drawn and recorded.
@@ -286,6 +288,8 @@ class _Trials(Objective):
         super().__init__(self._loss, space.vector(start), batch="loop", keep="best")
         self._accounts.warned = True  # `_warn` says more than "loss nan"
         self._warned: set[str] = set()
+
+    dear: ClassVar[bool] = True
 
     @property
     def differentiable(self) -> bool:

@@ -100,6 +100,8 @@ class ParameterVector:
         self.groups: list[dict[str, Any]] | None = named.groups
         self._lay_out()
         self.epoch = 0
+        self.choices: frozenset[str] = frozenset()
+        """Names of tensors of which only the largest entry counts (`Space` sets it)."""
         self.constrained = False  # whether an objective has constraints beside the bounds
         self._whole: tuple[ParameterVector, npt.NDArray[np.intp]] | None = (
             None  # what it is a part of, and which
