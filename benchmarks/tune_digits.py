@@ -43,8 +43,8 @@ SPACE = Space(
 Search = Callable[[Callable[[dict[str, Any]], float], int, int], None]
 
 
-def ours(method: str) -> Search:
-    return lambda train, trials, seed: void(tune(train, SPACE, method, trials, seed=seed))
+def ours(*method: str) -> Search:
+    return lambda train, trials, seed: void(tune(train, SPACE, *method, budget=trials, seed=seed))
 
 
 def theirs(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Search:
@@ -59,7 +59,7 @@ def void(_: object) -> None:
     """For its side effect: the training keeps its own record."""
 
 
-OURS = {"cmaes": ours("cmaes"), "auto": ours("auto")}
+OURS = {"default": ours(), "auto": ours("auto"), "cmaes": ours("cmaes")}
 THEIRS = {
     "Optuna TPE": theirs(lambda seed: optuna.samplers.TPESampler(seed=seed)),
     "Optuna CMA-ES": theirs(lambda seed: optuna.samplers.CmaEsSampler(seed=seed)),

@@ -86,7 +86,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/compare.py",
         "hybridopt/problems/",
         "hybridopt/report.py",
-        "hybridopt/testing.py",
+        "hybridopt/testing/",
     ),
 }
 

@@ -249,7 +249,7 @@ def flattened(losses: FloatArray) -> FloatArray:
     if reach == 0:
         y = np.where(np.isfinite(losses), 0.0, 1.0)
     else:
-        far = np.clip((losses - middle) / reach, -1, 100)
+        far = (losses - middle) / reach
         y = np.where(far > 0, np.tanh(far), far)
     deviation = float(y.std())
     return np.asarray((y - y.mean()) / (deviation if deviation > 0 else 1.0))
