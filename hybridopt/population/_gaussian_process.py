@@ -46,12 +46,14 @@ class GaussianProcess:
         self.variance = (float(y @ self._weights) + 1) / (len(y) + 1)
 
     @classmethod
-    def fitted(cls, x: FloatArray, y: FloatArray, guess: FloatArray | None) -> GaussianProcess:
-        """With the parameters of highest posterior density that L-BFGS-B finds from `guess` and from the priors."""
+    def fitted(
+        cls, x: FloatArray, y: FloatArray, guess: FloatArray | None, anew: bool = True
+    ) -> GaussianProcess:
+        """With the parameters of highest posterior density found from `guess` and, `anew`, from the priors."""
         n = x.shape[1]
         usual = np.log(np.append(np.full(n, PRIOR_LENGTH[0]), 1e-3))
         bounds = [(math.log(low), math.log(high)) for low, high in [LENGTHS] * n + [NOISES]]
-        starts = [usual] if guess is None else [guess, usual]
+        starts = [start for start in (guess, usual if anew else None) if start is not None]
         found = [fmin_l_bfgs_b(misfit, p, args=(x, y), bounds=bounds, maxiter=50)[:2] for p in starts]
         return cls(x, y, min(found, key=lambda pair: float(pair[1]))[0])
 

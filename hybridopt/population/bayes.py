@@ -16,7 +16,10 @@ from hybridopt.population._gaussian_process import GaussianProcess, log_expected
 from hybridopt.start import Ending, Start
 
 MOST = 400  # points that the model is made of
-ALWAYS = 100  # points up to which its parameters are fitted in each step; later each time there are 5 % more
+ALWAYS = 100  # points up to which its parameters are improved in each step
+GROWTH = (
+    1.05  # times as many points: they are sought from the priors too, and with more than `ALWAYS` only then
+)
 DRAWN = (
     500  # points of the box, and NEAR about each of the BEST known ones, of which the KEPT most promising ...
 )
@@ -105,7 +108,7 @@ class _Model(Strategy):
     parameters: FloatArray | None
     """Of the Gaussian process, shape (n + 1,)."""
     fitted: int
-    """Number of points to which they were."""
+    """Number of points for which they were last sought from the priors too."""
     asked: FloatArray | None
     """Points asked and not told: no loss was finite if others are asked."""
 
@@ -158,8 +161,10 @@ class _Model(Strategy):
         """Points of the unit cube, shape (popsize, n)."""
         known, y = self._seen(self.x), flattened(self.losses)
         count = len(y)
-        if self.parameters is None or count <= ALWAYS or count >= 1.05 * self.fitted:
-            self.parameters, self.fitted = GaussianProcess.fitted(known, y, self.parameters).parameters, count
+        anew = count >= GROWTH * self.fitted
+        if self.parameters is None or anew or count <= ALWAYS:
+            self.parameters = GaussianProcess.fitted(known, y, self.parameters, anew).parameters
+            self.fitted = count if anew else self.fitted
         found = np.empty((self.method.popsize, self.start.n))
         for row in found:
             process = GaussianProcess(known, y, self.parameters)
