@@ -14,7 +14,8 @@ from torch.nn import Parameter
 import hybridopt.optim
 from hybridopt.optim import _plan, _watch
 from hybridopt.optim._watch import END, Contents, Gradients, Memory, Versions
-from tests.optim.test_contracts import COMPILED, MOVES, STRANGE, assert_same, both, give, pair
+from tests.optim.side_by_side import COMPILED, assert_same, both, give, pair
+from tests.optim.test_moves import MOVES, STRANGE
 
 
 class Dispatching(Tensor):

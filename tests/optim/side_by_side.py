@@ -1,0 +1,67 @@
+"""Two optimizers, ours and torch's, stepped side by side; what may move between their steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+import hybridopt.optim
+
+NAMES = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "RMSprop",
+    "Rprop",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+)
+COMPILED = "fused (llvm)"
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # so that every class has a state
+
+
+def pair(name: str, shapes: Any = ((3, 2), (5,)), dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
+    """(our optimizer, its weights, torch's, its weights) at the same point."""
+    torch.manual_seed(1)
+    ours = [Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
+    theirs = [Parameter(p.detach().clone()) for p in ours]
+    options = {**OPTIONS.get(name, {}), **kwargs}
+    return (
+        getattr(hybridopt.optim, name)(ours, **options),
+        ours,
+        getattr(torch.optim, name)(theirs, **options),
+        theirs,
+    )
+
+
+def give(params: list[Parameter], k: int, skip: int | None = None) -> None:
+    """The gradients of step k; none for the weight `skip`."""
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(100 * k + i)
+        draw = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = None if i == skip else torch.empty_like(p).copy_(draw)
+
+
+def both(case: Any, steps: range, skip: int | None = None) -> None:
+    ours, params, theirs, references = case
+    for k in steps:
+        give(params, k, skip)
+        give(references, k, skip)
+        ours.step()
+        theirs.step()
+
+
+def assert_same(case: Any, tol: float = 1e-12) -> None:
+    ours, params, theirs, references = case
+    for p, q in zip(params, references, strict=True):
+        torch.testing.assert_close(p, q, rtol=tol, atol=tol, equal_nan=True)
+        a, b = ours.state.get(p, {}), theirs.state.get(q, {})
+        assert set(a) == set(b)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=tol, atol=tol, equal_nan=True)
