@@ -179,8 +179,11 @@ class PopulationRun:
         if loss < self._best.loss:
             self._best = Incumbent(loss, x[lowest].copy())
         if math.isfinite(loss):
-            with np.errstate(all="ignore"):  # +inf told for a rejected point: inf - inf
+            if losses[losses.argmax()] < math.inf:  # the context below costs 4 µs, a tenth of a generation
                 ending = self.strategy.tell(x, losses, self._rng)
+            else:
+                with np.errstate(all="ignore"):  # +inf told for a rejected point: inf - inf
+                    ending = self.strategy.tell(x, losses, self._rng)
             if ending is not None and self._best.x is not None and not ending.loss <= self._best.loss:
                 ending = ending._replace(loss=self._best.loss, x=self._best.x)
             self._ending = ending
