@@ -35,7 +35,7 @@ class BayesianOptimization(PopulationMethod):
 
     The first choice for losses that are dear - a training run, a simulation - and for budgets of some ten to some
     hundred evaluations of up to about 20 coordinates in a box. From then on CMA-ES is better, and where a loss takes
-    less than this method's own time (0.02 s a step with 50 points, 0.3 s with 400) all others are: a step costs k³
+    less than this method's own time (0.02 s a step with 50 points, 0.1 s with 400) all others are: a step costs k³
     operations for k points, of which the model keeps the 200 lowest and the 200 latest.
 
     The start and a Latin hypercube come first. Then the points of highest expected improvement (EGO: Jones, Schonlau &
@@ -92,7 +92,7 @@ class BayesianOptimization(PopulationMethod):
     def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
         """See `PopulationMethod.begin`."""
         none = np.empty(0)
-        return _Model(np.empty((0, start.n)), none, 0, None, 0, None).serve(self, start, rng)
+        return _Model(np.empty((0, start.n)), none, 0, None, 0, 0, None).serve(self, start, rng)
 
 
 @dataclass
@@ -107,8 +107,10 @@ class _Model(Strategy):
     """Points of the design that were asked."""
     parameters: FloatArray | None
     """Of the Gaussian process, shape (n + 1,)."""
+    told: int
+    """Points evaluated, those included that are forgotten."""
     fitted: int
-    """Number of points for which they were last sought from the priors too."""
+    """`told` when the parameters were last sought from the priors too."""
     asked: FloatArray | None
     """Points asked and not told: no loss was finite if others are asked."""
 
@@ -121,8 +123,9 @@ class _Model(Strategy):
         known = math.isfinite(start.loss)
         if known and not (self.x == start.x0).all(1).any():
             self.x, self.losses = np.vstack([start.x0, self.x]), np.append(start.loss, self.losses)
+        self.told = len(self.x)
         size = 2 * start.n + 2 if method.initial is None else method.initial
-        size = max(0, size - len(self.x))
+        size = max(0, size - self.told)
         strata = rng.permuted(np.tile(np.arange(size), (start.n, 1)), axis=1).T
         self.design = self._outside((strata + rng.random((size, start.n))) / max(size, 1))
         if size and not known:
@@ -150,7 +153,7 @@ class _Model(Strategy):
 
     def _learn(self, x: FloatArray, losses: FloatArray) -> None:
         self.x, self.losses = np.vstack([self.x, x]), np.append(self.losses, losses)
-        self.asked = None
+        self.asked, self.told = None, self.told + len(x)
         if len(self.losses) > MOST:
             kept = np.zeros(len(self.losses), bool)
             kept[np.argsort(self.losses, kind="stable")[: MOST // 2]] = True
@@ -160,11 +163,10 @@ class _Model(Strategy):
     def _promising(self, rng: np.random.Generator) -> FloatArray:
         """Points of the unit cube, shape (popsize, n)."""
         known, y = self._seen(self.x), flattened(self.losses)
-        count = len(y)
-        anew = count >= GROWTH * self.fitted
-        if self.parameters is None or anew or count <= ALWAYS:
+        anew = self.told >= GROWTH * self.fitted
+        if self.parameters is None or anew or len(y) <= ALWAYS:
             self.parameters = GaussianProcess.fitted(known, y, self.parameters, anew).parameters
-            self.fitted = count if anew else self.fitted
+            self.fitted = self.told if anew else self.fitted
         found = np.empty((self.method.popsize, self.start.n))
         for row in found:
             process = GaussianProcess(known, y, self.parameters)

@@ -292,21 +292,30 @@ def test_forgets_points_that_are_neither_low_nor_late(monkeypatch: pytest.Monkey
 
 
 def test_large_models_are_fitted_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when no more points are kept."""
     monkeypatch.setattr(bayes, "ALWAYS", 30)
+    monkeypatch.setattr(bayes, "MOST", 40)
     fits: list[tuple[int, bool]] = []
     plain = gp.GaussianProcess.fitted.__func__  # type: ignore[attr-defined]
 
     def counted(cls: Any, x: np.ndarray, y: np.ndarray, guess: Any, anew: bool) -> GaussianProcess:
-        fits.append((len(y), anew))
+        fits.append((len(evaluated), anew))
         return plain(cls, x, y, guess, anew)
 
+    evaluated = []
+
+    def loss(x: np.ndarray) -> float:
+        evaluated.append(x)
+        return branin(x)
+
     monkeypatch.setattr(GaussianProcess, "fitted", classmethod(counted))
-    hybridopt.minimize(branin, np.full(2, 0.5), "bayes", budget=60, bounds=(0, 1), seed=0)
+    hybridopt.minimize(loss, np.full(2, 0.5), "bayes", budget=60, bounds=(0, 1), seed=0)
     assert [count for count, _ in fits[:25]] == list(range(6, 31))
     anew = np.array([count for count, anew in fits if anew])
     assert anew[0] == 6
     assert (anew[1:] >= 1.05 * anew[:-1]).all()
     assert (anew[1:] - 1 < 1.05 * anew[:-1]).all(), "each time there are 5 % more"
+    assert anew[-1] > 50
     assert all(anew for count, anew in fits if count > 30)
 
 
