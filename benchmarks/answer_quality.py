@@ -13,6 +13,7 @@ each budget a run of its own; mean over functions, dimensions and instances, wit
 solved after so many evaluations, or forward-equivalents). `profiles` (data profiles, Moré & Wild 2009): the share of
 problems with f - f_opt <= tau (f_start - f_opt) after so many times n + 1 evaluations. `bbob+g`: the same losses with
 gradients allowed, ours, budgets in forward-equivalents.
+`bayes`, whose own time is large, runs only where it is named, for small budgets.
 `oracle` is the best of the single methods for each function, dimension and instance, in hindsight.
 Peers through their adapters (the same evaluations as called directly): SLSQP begun again at random points, L-BFGS-B
 likewise, SciPy's annealing and differential evolution, pycma with BIPOP restarts.
@@ -122,7 +123,8 @@ def reached(job: tuple[str, int, int, int, int, bool]) -> tuple[float, list[floa
 def bbob(asked: argparse.Namespace, pool: Executor, gradients: bool) -> dict[str, Any]:
     """Shares of targets, method by method."""
     chosen = {"auto": "auto", "lq_cmaes": LQ} if gradients else {"auto": "auto", "lq_cmaes": LQ, **PEERS}
-    chosen = {name: text for name, text in chosen.items() if not asked.methods or name in asked.methods}
+    named = {**chosen, "bayes": "bayes"}
+    chosen = {name: named[name] for name in asked.methods if name in named} if asked.methods else chosen
     cells = [(f, d) for d in asked.dimensions for f in range(1, 25)]
     found: dict[str, Any] = {}
     for name, text in chosen.items():
@@ -338,7 +340,7 @@ def main() -> None:
     parts = ("bbob", "bbob+g", "mgh", "identity", "scales", "atoms")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument(
-        "--methods", nargs="+", help=f"of bbob: auto, lq_cmaes, {', '.join(PEERS)}; of atoms: text"
+        "--methods", nargs="+", help=f"of bbob: auto, lq_cmaes, bayes, {', '.join(PEERS)}; of atoms: text"
     )
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--instances", type=int, default=15)
