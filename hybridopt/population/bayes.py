@@ -36,9 +36,9 @@ class BayesianOptimization(PopulationMethod):
     The first choice for dear losses of up to about 20 coordinates in a box, whole numbers and choices among them - the
     hyperparameters of a training, a simulation - and budgets of some ten to some hundred evaluations: what `tune` does.
     Of numbers alone a smooth loss needs fewer evaluations with `auto`: in 20 a weight it reaches .32 of the targets of
-    the BBOB functions of 2 and 5 weights, `lq_cmaes` .22, this method .22 (`benchmarks/answer_quality.py`). A step takes
-    0.02 s with 50 points and 0.1 s with 400, k³ operations for k points, of which the model keeps the 200 lowest and the
-    200 latest; for cheap losses all other methods are faster.
+    the BBOB functions of 2 and 5 weights, `lq_cmaes` .22, this one .22 (`benchmarks/answer_quality.py`). A step takes
+    0.02 s with 50 points and 0.1 s with 400: k³ operations for k points, of which the model keeps the 200 lowest and
+    the 200 latest. So for cheap losses all other methods are faster.
 
     The start and a Latin hypercube come first. Then the points of highest expected improvement (EGO: Jones, Schonlau &
     Welch 1998), by its logarithm (Ament et al. 2023), over the lowest mean at a known point, as with noise. Kernel:
