@@ -17,20 +17,8 @@ from torch.nn import Parameter
 
 import hybridopt.optim
 from hybridopt.optim._base import FusedStep
+from tests.optim.side_by_side import NAMES
 
-NAMES = (
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Adagrad",
-    "Adadelta",
-    "Adamax",
-    "RMSprop",
-    "Rprop",
-    "ASGD",
-    "NAdam",
-    "RAdam",
-)
 SHAPES = ((1,), (7,), (127,), (1823,), (), (0,), (3, 0, 2), (5, 4), (1, 1))
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 STEPS = 20

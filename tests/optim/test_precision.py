@@ -16,24 +16,12 @@ from torch.nn import Parameter
 import hybridopt.optim
 from hybridopt.engines import _noise
 from hybridopt.errors import MethodError
+from tests.optim.side_by_side import COMPILED
+from tests.optim.side_by_side import NAMES as ELEMENTWISE
 
 HALVES = [torch.bfloat16, torch.float16]
-NAMES = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Adagrad",
-    "Adadelta",
-    "Adamax",
-    "RMSprop",
-    "Rprop",
-    "ASGD",
-    "NAdam",
-    "RAdam",
-]
-NAMES += ["Lion", "ADOPT", "Adan"]
+NAMES = [*ELEMENTWISE, "Lion", "ADOPT", "Adan"]
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "Adagrad": {"lr": 0.1}}
-COMPILED = "fused (llvm)"
 
 
 def make(name: str, params: list[Tensor], **options: Any) -> Any:
