@@ -33,6 +33,7 @@ class TestContract(OptimizerContract):
     evaluations = 20
 
 
+@pytest.mark.slow
 class TestContractGenerations(OptimizerContract):
     method = BayesianOptimization(popsize=3, initial=4)
     random = True
