@@ -90,13 +90,8 @@ def cells(z: FloatArray, log: Mask | None) -> tuple[FloatArray, FloatArray]:
         z: solver coordinates of whole numbers.
         log: shape (n,), which of them are logarithms (of at least 1); None = none.
     """
-    if log is None or not log.any():
-        whole = np.rint(z)
-        return whole - 0.5, whole + 0.5
-    whole = np.rint(np.where(log, np.exp(np.where(log, z, 0.0)), z))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = (np.where(log, np.log(whole + half), whole + half) for half in (-0.5, 0.5))
-    return low, high
+    whole = np.rint(_numbers(z, log))
+    return _encoded(whole - 0.5, log), _encoded(whole + 0.5, log)
 
 
 def nearest_whole(z: FloatArray, lower: FloatArray, upper: FloatArray, log: Mask | None) -> FloatArray:
@@ -107,9 +102,18 @@ def nearest_whole(z: FloatArray, lower: FloatArray, upper: FloatArray, log: Mask
         lower, upper: their box (`Coordinates.box`), shape (n,).
         log: shape (n,), which of them are logarithms (of at least 1); None = none.
     """
-    if log is None or not log.any():
-        return np.clip(np.rint(z), np.ceil(lower), np.floor(upper))
-    low, high, number = (np.where(log, np.exp(np.where(log, v, 0.0)), v) for v in (lower, upper, z))
-    whole = np.clip(np.rint(number), np.ceil(low), np.floor(high))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(log, np.log(whole), whole)
+    low, high, number = (_numbers(v, log) for v in (lower, upper, z))
+    return _encoded(np.clip(np.rint(number), np.ceil(low), np.floor(high)), log)
+
+
+def _numbers(z: FloatArray, log: Mask | None) -> FloatArray:
+    """What unscaled solver coordinates stand for before they are rounded, shape (..., n)."""
+    return z if log is None else np.where(log, np.exp(np.where(log, z, 0.0)), z)
+
+
+def _encoded(numbers: FloatArray, log: Mask | None) -> FloatArray:
+    """Back from `_numbers`."""
+    if log is None:
+        return numbers
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(log, np.log(numbers), numbers)
