@@ -258,6 +258,8 @@ def _run_trial(train: Callable[..., Any], config: Config, trial: Trial, takes_tr
 class _Trials(Objective):
     """The objective of a search: a trial an evaluation, those of a population begun ahead of their turn."""
 
+    dear: ClassVar[bool] = True
+
     def __init__(
         self,
         train: Callable[..., float],
@@ -288,8 +290,6 @@ class _Trials(Objective):
         super().__init__(self._loss, space.vector(start), batch="loop", keep="best")
         self._accounts.warned = True  # `_warn` says more than "loss nan"
         self._warned: set[str] = set()
-
-    dear: ClassVar[bool] = True
 
     @property
     def differentiable(self) -> bool:

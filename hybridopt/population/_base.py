@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ from hybridopt.start import Ending, Start
 from hybridopt.vector import ParameterVector
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class Plain:
@@ -179,11 +182,10 @@ class PopulationRun:
         if loss < self._best.loss:
             self._best = Incumbent(loss, x[lowest].copy())
         if math.isfinite(loss):
-            if losses[losses.argmax()] < math.inf:  # the context below costs 4 µs, a tenth of a generation
+            # +inf told for a rejected point: inf - inf (4 µs, a tenth of a generation, so only where there is one)
+            rejected = losses[losses.argmax()] == math.inf
+            with np.errstate(all="ignore") if rejected else _AS_IT_IS:
                 ending = self.strategy.tell(x, losses, self._rng)
-            else:
-                with np.errstate(all="ignore"):  # +inf told for a rejected point: inf - inf
-                    ending = self.strategy.tell(x, losses, self._rng)
             if ending is not None and self._best.x is not None and not ending.loss <= self._best.loss:
                 ending = ending._replace(loss=self._best.loss, x=self._best.x)
             self._ending = ending
