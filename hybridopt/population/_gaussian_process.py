@@ -34,11 +34,12 @@ class GaussianProcess:
     """
 
     def __init__(self, x: FloatArray, y: FloatArray, parameters: FloatArray) -> None:
-        self.y, self.parameters = y, parameters
+        self.parameters = parameters
         self.lengths = np.exp(parameters[:-1])
         self._z = x / self.lengths
         noise, failed = math.exp(parameters[-1]), 1
-        kernel = _matern(_squared_distances(self._z, self._z))
+        r = _distances(self._z, self._z)
+        kernel = _matern(r, np.exp(-r))
         while failed:  # rounding may leave points that are close together no positive definite matrix
             self._L, failed = dpotrf(kernel + noise * np.eye(len(y)), 1, 1)
             noise *= 10
@@ -49,7 +50,7 @@ class GaussianProcess:
     def fitted(
         cls, x: FloatArray, y: FloatArray, guess: FloatArray | None, anew: bool = True
     ) -> GaussianProcess:
-        """With the parameters of highest posterior density found from `guess` and, `anew`, from the priors."""
+        """With the parameters of highest posterior density found from `guess` and, `anew`, from half the box."""
         n = x.shape[1]
         usual = np.log(np.append(np.full(n, PRIOR_LENGTH[0]), 1e-3))
         bounds = [(math.log(low), math.log(high)) for low, high in [LENGTHS] * n + [NOISES]]
@@ -59,7 +60,8 @@ class GaussianProcess:
 
     def __call__(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Mean and standard deviation (without noise) at the rows of `x`, shape (m,) each; k² m operations."""
-        kernel = _matern(_squared_distances(self._z, x / self.lengths))
+        r = _distances(self._z, x / self.lengths)
+        kernel = _matern(r, np.exp(-r))
         half, _ = dtrtrs(self._L, kernel, lower=1)
         rest = np.maximum(1 - np.einsum("ij,ij->j", half, half), 1e-12)
         return self._weights @ kernel, np.sqrt(self.variance * rest)
@@ -72,8 +74,9 @@ def misfit(parameters: FloatArray, x: FloatArray, y: FloatArray) -> tuple[float,
     """
     k, n = x.shape
     z, noise = x / np.exp(parameters[:-1]), math.exp(parameters[-1])
-    squares = _squared_distances(z, z)
-    L, failed = dpotrf(_matern(squares) + noise * np.eye(k), 1, 1)
+    r = _distances(z, z)
+    decay = np.exp(-r)
+    L, failed = dpotrf(_matern(r, decay) + noise * np.eye(k), 1, 1)
     if failed:
         return 1e25, np.zeros(n + 1)
     weights = dpotrs(L, y, 1)[0]
@@ -81,10 +84,8 @@ def misfit(parameters: FloatArray, x: FloatArray, y: FloatArray) -> tuple[float,
     lower = dpotri(L, 1)[0]
     inverse = np.tril(lower) + np.tril(lower, -1).T
     slope = (inverse - np.outer(weights, weights) / variance) / 2  # with respect to the matrix
-    r = ROOT5 * np.sqrt(squares)
-    change = (
-        slope * (5 / 3) * (1 + r) * np.exp(-r)
-    )  # times (z_i - z_j)² = with respect to a logarithm of a length
+    # times (z_i - z_j)²: with respect to the logarithm of a length
+    change = slope * (5 / 3) * (1 + r) * decay
     gradient = np.empty(n + 1)
     gradient[:-1] = 2 * (change.sum(1) @ (z * z) - np.einsum("ij,ij->j", z, change @ z))
     gradient[-1] = noise * slope.trace()
@@ -113,14 +114,13 @@ def log_expected_improvement(mean: FloatArray, std: FloatArray, lowest: float) -
     return np.asarray(value + np.log(std))
 
 
-def _squared_distances(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Of the rows of two matrices from each other, shape (len(a), len(b))."""
+def _distances(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Root of 5 times those of the rows of two matrices from each other, shape (len(a), len(b))."""
     squares = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T
-    return np.asarray(np.maximum(squares, 0.0))
+    return np.asarray(ROOT5 * np.sqrt(np.maximum(squares, 0.0)))
 
 
-def _matern(squares: FloatArray) -> FloatArray:
-    """The kernel at squared distances (eq. 4.17)."""
-    r = ROOT5 * np.sqrt(squares)
-    kernel: FloatArray = (1 + r + r * r / 3) * np.exp(-r)
+def _matern(r: FloatArray, decay: FloatArray) -> FloatArray:
+    """The kernel (eq. 4.17) at `_distances` r, whose exp(-r) is `decay`."""
+    kernel: FloatArray = (1 + r + r * r / 3) * decay
     return kernel

@@ -11,7 +11,7 @@ import numpy as np
 from hybridopt.optimizer import HandOver, Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
-from hybridopt.population._common import handed_points, require_at_least
+from hybridopt.population._common import handed_points, in_box, require_at_least
 from hybridopt.population._gaussian_process import GaussianProcess, log_expected_improvement
 from hybridopt.start import Ending, Start
 
@@ -167,14 +167,19 @@ class _Model(Strategy):
         known, y = self._seen(self.x), flattened(self.losses)
         anew = self.told >= GROWTH * self.fitted
         if self.parameters is None or anew or len(y) <= ALWAYS:
-            self.parameters = GaussianProcess.fitted(known, y, self.parameters, anew).parameters
-            self.fitted = self.told if anew else self.fitted
-        found = np.empty((self.method.popsize, self.start.n))
-        for row in found:
+            process = GaussianProcess.fitted(known, y, self.parameters, anew)
+            self.parameters = process.parameters
+        else:
             process = GaussianProcess(known, y, self.parameters)
-            row[:] = self._most_promising(process, known, y, rng)
-            point = self._canonical(row)[None]
-            known, y = np.vstack([known, point]), np.append(y, process(point)[0])
+        if anew:
+            self.fitted = self.told
+        found = np.empty((self.method.popsize, self.start.n))
+        for i in range(len(found)):
+            if i:
+                point = self._canonical(found[i - 1])[None]
+                known, y = np.vstack([known, point]), np.append(y, process(point)[0])
+                process = GaussianProcess(known, y, process.parameters)
+            found[i] = self._most_promising(process, known, y, rng)
         return found
 
     def _most_promising(
@@ -215,8 +220,7 @@ class _Model(Strategy):
 
     def _outside(self, u: FloatArray) -> FloatArray:
         """Points of the unit cube in solver coordinates, shape (..., n)."""
-        start = self.start
-        return start.clip(start.lower + u * (start.upper - start.lower))
+        return self.start.clip(in_box(self.start, u, u))
 
     def _seen(self, x: FloatArray) -> FloatArray:
         """As the model sees solver coordinates: points of the unit cube, the same for the same meaning."""
