@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import torch
@@ -65,3 +68,19 @@ def assert_same(case: Any, tol: float = 1e-12) -> None:
         assert set(a) == set(b)
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=tol, atol=tol, equal_nan=True)
+
+
+def carried(how: str, params: list[Parameter], optimizer: Any) -> tuple[list[Parameter], Any]:
+    """Weights and optimizer after a way through a file of their states, a deep copy, or a pickle of both."""
+    if how == "deepcopy":
+        return copy.deepcopy((params, optimizer))
+    if how == "pickle":
+        return pickle.loads(pickle.dumps((params, optimizer)))  # type: ignore[no-any-return]
+    file = io.BytesIO()
+    torch.save({"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    others = [Parameter(w) for w in loaded["weights"]]
+    other = type(optimizer)(others)
+    other.load_state_dict(loaded["optimizer"])
+    return others, other

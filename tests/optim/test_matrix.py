@@ -6,8 +6,6 @@ import copy
 import functools
 import importlib
 import inspect
-import io
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +21,7 @@ from hybridopt.optim import adafactor as adafactor_file
 from hybridopt.optim import muon as muon_file
 from hybridopt.optim.adafactor import Adafactor
 from hybridopt.optim.muon import Muon
+from tests.optim.side_by_side import carried
 
 NAMES = ("Muon", "Adafactor")
 OURS: dict[str, Any] = {"Muon": Muon, "Adafactor": Adafactor}
@@ -334,18 +333,7 @@ def test_saved_and_loaded_between_steps(name: str, how: str) -> None:
     for k in range(3):
         give(params, k)
         ours.step()
-    if how == "torch.save":
-        file = io.BytesIO()
-        torch.save({"weights": [p.detach() for p in params], "optimizer": ours.state_dict()}, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
-        others = [Parameter(w) for w in loaded["weights"]]
-        other = OURS[name](others)
-        other.load_state_dict(loaded["optimizer"])
-    elif how == "deepcopy":
-        others, other = copy.deepcopy((params, ours))
-    else:
-        others, other = pickle.loads(pickle.dumps((params, ours)))
+    others, other = carried(how, params, ours)
     for k in range(3, 6):
         for optimizer, weights in ((ours, params), (other, others)):
             give(weights, k)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch.nn import Parameter
 
 import hybridopt.optim
 from hybridopt.errors import MethodError
-from tests.optim.side_by_side import COMPILED, NAMES, assert_same, both, give, pair
+from tests.optim.side_by_side import COMPILED, NAMES, assert_same, both, carried, give, pair
 
 # -- constructors and state dicts ----------------------------------------------------------------------------
 
@@ -77,18 +75,7 @@ def test_saved_and_loaded_between_steps(name: str, how: str) -> None:
     for k in range(3):
         give(params, k)
         ours.step()
-    if how == "torch.save":
-        file = io.BytesIO()
-        torch.save({"weights": [p.detach() for p in params], "optimizer": ours.state_dict()}, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
-        others = [Parameter(w) for w in loaded["weights"]]
-        other = getattr(hybridopt.optim, name)(others)
-        other.load_state_dict(loaded["optimizer"])
-    elif how == "deepcopy":
-        others, other = copy.deepcopy((params, ours))
-    else:
-        others, other = pickle.loads(pickle.dumps((params, ours)))
+    others, other = carried(how, params, ours)
     assert other.implementation == "auto"
     for k in range(3, 6):
         for optimizer, weights in ((ours, params), (other, others)):

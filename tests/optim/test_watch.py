@@ -15,7 +15,7 @@ import hybridopt.optim
 from hybridopt.optim import _plan, _watch
 from hybridopt.optim._watch import END, Contents, Gradients, Memory, Versions
 from tests.optim.side_by_side import COMPILED, assert_same, both, give, pair
-from tests.optim.test_moves import MOVES, STRANGE
+from tests.optim.test_moves import MOVES, STRANGE, step_moved
 
 
 class Dispatching(Tensor):
@@ -185,12 +185,7 @@ def test_whatever_moves_without_compiled_code(move: str) -> None:
     both(case, range(3))
     assert case[0]._used == COMPILED
     assert case[0]._plans[0].memory is None
-    for optimizer, params in ((case[0], case[1]), (case[2], case[3])):
-        give(params, 3)
-        MOVES[move](optimizer, params)
-    if move != "shrink":
-        case[0].step()
-        case[2].step()
+    step_moved(case, move)
     both(case, range(4, 7))
     assert_same(case)
 
