@@ -21,8 +21,10 @@ class Ask:
     into. A loss that is not finite comes back as +inf.
     """
 
-    def __init__(self, question: Question, notes: list[str]) -> None:
+    def __init__(self, question: Question, notes: list[str], checked: set[str] | None = None) -> None:
         self.question = question
+        self.checked = set() if checked is None else checked
+        """Which of autograd's derivatives were found right (`HandOver.checked`); a solver adds to it."""
         self._notes = notes
 
     def value(self, x: FloatArray, *, keep_graph: bool = False, probe: bool = False) -> float:

@@ -224,6 +224,9 @@ class Jacobian:
     def _decide(self, x: FloatArray) -> None:
         """Settle `auto` at the first point whose value is finite."""
         self.mode = "autograd"
+        if self._of.what in self._start.checked:
+            self._look(x, self._both)
+            return
         self._look(x, None)
         value = self._value.copy()
         if not np.isfinite(value).all():
@@ -264,6 +267,7 @@ class Jacobian:
         moved = max(np.linalg.norm(actual), np.linalg.norm(expected))
         tolerance = _TOLERANCE * moved + 100 * eps * max(np.linalg.norm(value), np.linalg.norm(other))
         if np.linalg.norm(actual - expected) <= tolerance:
+            self._ask.checked.add(self._of.what)
             return ""
         partial = [repr(name) for name, a, b in names if not slope[:, a:b].any(axis=0).all()]
         hint = f" (it is 0 for some weights of {_list(partial)})" if partial else ""
@@ -298,8 +302,8 @@ class Derivative:
     Modes: `"autograd"` trusts the loss's graph; `"differences"` computes difference quotients whose step fits the
     weights' dtype; `"auto"` looks at the first point with a finite loss and uses autograd only if its gradient is
     present, agrees with one directional difference (counted: one more evaluation and one backward), and is not
-    exactly 0 for a whole tensor at both ends of that difference, unless the user gave a surrogate; `"none"` leaves
-    the solver to itself.
+    exactly 0 for a whole tensor at both ends of that difference, unless the user gave a surrogate, or the same method
+    found it right before it was begun again (`Start.checked`); `"none"` leaves the solver to itself.
 
     Args:
         ask: the solver's window to the loss.

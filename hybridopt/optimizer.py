@@ -147,6 +147,8 @@ class HandOver(NamedTuple):
     """Good points, shape (k, n), lowest loss first."""
     losses: FloatArray | None = None
     """Their losses, shape (k,)."""
+    checked: frozenset[str] = frozenset()
+    """Derivatives of autograd that were compared with differences and found right, as `Jacobian` names them."""
 
     def only(self, parts: Collection[str]) -> HandOver:
         """The point and its loss, and of the other parts those named."""

@@ -107,6 +107,7 @@ class SolverRun:
         self._journal = Journal()
         self._journal_full = False
         self._carrier: Carrier | None = None
+        self._checked = set(start.checked)
         self._pending: Request | None = None
         self._best: Incumbent
         self._violation: float
@@ -161,7 +162,7 @@ class SolverRun:
 
     def hand_over(self) -> HandOver:
         """See `Optimizer.hand_over`: its best points, and the curvature that its last gradients show."""
-        return self._trail.hand_over()
+        return self._trail.hand_over()._replace(checked=frozenset(self._checked))
 
     def close(self) -> None:
         """Unwind the solver; the state can still be saved."""
@@ -270,10 +271,12 @@ class SolverRun:
     def _launch(self) -> Request | Done:
         method, start, notes = self.method, self.start, self.notes
 
+        checked = self._checked = set(start.checked)
+
         def body(question: Question) -> Ending:
             # the +inf told for a rejected point makes solvers compute inf - inf
             with np.errstate(all="ignore"):
-                return method.solve(Ask(question, notes), start)
+                return method.solve(Ask(question, notes, checked), start)
 
         self._carrier = carry(body, method.isolation)
         return self._carrier.advance(None)

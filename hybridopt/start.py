@@ -52,6 +52,8 @@ class Start:
     """(first, last + 1) of coordinates of which only the largest counts, the first of equal ones."""
     constrained: bool = False
     """Whether there are constraints beside the bounds (`Ask.limits`)."""
+    checked: frozenset[str] = frozenset()
+    """Derivatives of autograd that this method, begun before elsewhere, found right; see `HandOver`."""
 
     @property
     def n(self) -> int:
@@ -115,7 +117,13 @@ class Start:
             losses = np.where((points == warm.points).all(axis=1), losses, math.inf)
         loss = warm.loss if np.array_equal(clipped, x0) else math.inf
         return replace(
-            start, sigma=warm.sigma, loss=loss, covariance=warm.covariance, points=points, losses=losses
+            start,
+            sigma=warm.sigma,
+            loss=loss,
+            covariance=warm.covariance,
+            points=points,
+            losses=losses,
+            checked=warm.checked,
         )
 
     _ARRAYS = ("x0", "lower", "upper", "eps")
@@ -130,7 +138,7 @@ class Start:
             arrays[name] = None if value is None else torch.tensor(value)
         plain = {name: getattr(self, name) for name in self._PLAIN}
         names, choices = [list(part) for part in self.names], [list(part) for part in self.choices]
-        return arrays | plain | {"names": names, "choices": choices}
+        return arrays | plain | {"names": names, "choices": choices, "checked": sorted(self.checked)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Start:
@@ -142,7 +150,7 @@ class Start:
         parts |= {name: state[name] for name in cls._PLAIN}
         names = tuple((name, first, last) for name, first, last in state["names"])
         choices = tuple((first, last) for first, last in state["choices"])
-        return cls(**parts, names=names, choices=choices)
+        return cls(**parts, names=names, choices=choices, checked=frozenset(state["checked"]))
 
 
 class Ending(NamedTuple):

@@ -182,9 +182,11 @@ class SequenceRun:
         best = Incumbent(known, self._best_x)
         self._here = self.method.accept(self._here, self._ended_at(), best, self._seed(index))
         handed = self._child.hand_over()._replace(x=self._here.x, loss=self._here.loss)
+        checked = handed.checked if following.method == self._stage.method else frozenset()
         handed = handed.only(following.received)
         self._child.close()
-        self._begin(index, self.method.begin(index, handed, self._origin, self.vector, self._seed(index)))
+        warm = self.method.begin(index, handed, self._origin, self.vector, self._seed(index))
+        self._begin(index, warm._replace(checked=checked))
         return None if step is None else step._replace(reason=None, message="")
 
     def _absorb(self) -> None:

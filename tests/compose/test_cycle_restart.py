@@ -211,6 +211,37 @@ def test_starts_anew_with_another_seed() -> None:
     assert all(x == [-1.2, 1.0, 0.3] for _, x in seen.values())
 
 
+@pytest.mark.parametrize("solver", ["lbfgsb", "slsqp"])
+def test_a_gradient_found_right_is_not_checked_again(solver: str) -> None:
+    def spent(text: str) -> list[tuple[int, int]]:
+        x0 = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        result = hybridopt.minimize(
+            lambda x: ((x - 3) ** 2).sum() + (x[0] * x[1]) ** 2, x0, text, budget="900fe"
+        )
+        return [(stage.spent["evaluations"], stage.spent["backward"]) for stage in result.stages]
+
+    trusting = spent(f"restart({solver}(gradients=autograd), begin_at=start, restarts=2)")
+    (first, *again) = spent(f"restart({solver}, begin_at=start, restarts=2)")
+    assert first == (trusting[0][0] + 1, trusting[0][1] + 1)
+    assert again == trusting[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [("restart(lbfgsb(evaluations=6), restarts=3)", True), ("slsqp(evaluations=6) > lbfgsb", False)],
+)
+def test_what_was_found_right_is_saved_and_no_other_methods_affair(text: str, known: bool) -> None:
+    made, _ = start(method(text), 60)
+    later = []
+    with made:
+        for _ in made:
+            state = made.optimizer.state_dict()
+            if state["index"]:
+                later.append(state["child"]["start"]["checked"])
+    assert later
+    assert all(checked == (["gradient"] if known else []) for checked in later)
+
+
 def test_growing_options() -> None:
     result, _ = run("restart(cmaes(popsize=5, steps=2), grow=popsize, factor=1.5, restarts=3)")
     assert [s.spent["evaluations"] for s in result.stages] == [10, 16, 22, 34]
