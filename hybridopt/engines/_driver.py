@@ -23,6 +23,8 @@ def run(block):
         for t in range(n):
             call(step, table + row * t, 0, 0, -1, numbers, room + 8 * width * t)
     if work == 0:
+        if block[13] != 0:
+            touch(block[13])
         t = 0
         while t < n:
             first, gradient, out = table + row * t, gradients[t], room + 8 * width * t
@@ -34,8 +36,6 @@ def run(block):
                 last += 1
             call(step, first, gradient, 0, count, numbers, out)
             t = last
-        if block[13] != 0:
-            touch(block[13])
     if work == 2:
         k = claim(block)
         while k < block[1]:
@@ -73,42 +73,74 @@ def differ(there, known, count):
         if there[i] != known[i]:
             return 1
     return 0
+def unlike(there, known, count):
+    told = 0
+    for i in range(count):
+        told |= there[i] ^ known[i]
+    return told
+def remembered(block, row, impl):
+    if unlike(impl + 16, row + 32, block[23]) != 0:
+        return 0
+    return unlike((impl + block[24])[0] + block[25], row + 8, 3) == 0
+def remember(block, row, impl):
+    row[0], storage = impl, (impl + block[24])[0] + block[25]
+    for i in range(3):
+        row[1 + i] = storage[i]
+    for i in range(block[23]):
+        row[4 + i] = impl[2 + i]
+def expect(row, width):
+    row += 48 * width
+    for i in range(3):
+        prefetch(row[0] + 64 * i)
+    for i in range(6):
+        prefetch(row[4 + i])
+def otherwise(block, tensor, layout):
+    answer, dims, layout = block + 32, layout[0], layout + 8
+    if block[19] != 0 and (tensor[0] + block[20])[0] != block[21]:
+        return 1
+    if dims >= 0:
+        for i in range(4):
+            if call(block[9 + i], tensor, answer) & 0xFFFFFFFF != 0 or block[4] & 0xFFFFFFFF != block[13 + i]:
+                return 1
+        if call(block[6], tensor, answer) & 0xFFFFFFFF != 0 or block[4] != dims:
+            return 1
+        for i in range(2):
+            if call(block[7 + i], tensor, answer) & 0xFFFFFFFF != 0 or differ(block[4], layout, dims):
+                return 1
+            layout += 8 * dims
+    return call(block[5], tensor, answer) & 0xFFFFFFFF
 def seen(block):
-    n, objects, data, layout, answer = block[0], block[1][3], block[2], block[3], block + 32
-    finder, moved = block[19], 0
+    n, objects, data, layout, row = block[0], block[1][3], block[2], block[3], block[22]
+    width, moved = block[23] + 4, 0
     for k in range(n):
+        if row != 0:
+            expect(row, width)
         kind = objects[k][1]
         if kind != block[17] and kind != block[18]:
             return -1
         tensor, dims = objects[k] + 16, layout[0]
-        layout += 8
-        if finder != 0:
-            tensor = call(finder, tensor[0])
-            if (tensor[0] + block[20])[0] != block[21]:
+        if block[19] != 0:
+            tensor = call(block[19], tensor[0])
+        if row == 0 or remembered(block, row, tensor[0]) == 0:
+            if otherwise(block, tensor, layout):
                 return -1
-        if dims >= 0:
-            for i in range(4):
-                if call(block[9 + i], tensor, answer) & 0xFFFFFFFF != 0 or block[4] & 0xFFFFFFFF != block[13 + i]:
-                    return -1
-            if call(block[6], tensor, answer) & 0xFFFFFFFF != 0 or block[4] != dims:
-                return -1
-            for i in range(2):
-                if call(block[7 + i], tensor, answer) & 0xFFFFFFFF != 0 or differ(block[4], layout, dims):
-                    return -1
-                layout += 8 * dims
-        if call(block[5], tensor, answer) & 0xFFFFFFFF != 0:
-            return -1
-        if block[4] != data[k]:
-            moved += 1
-            if finder != 0:
+            moved += block[4] != data[k]
+            if block[19] != 0:
                 data[k] = block[4]
+            if row != 0 and dims <= 5 and block[4] == data[k]:
+                remember(block, row, tensor[0])
+        layout += 8
+        if dims > 0:
+            layout += 16 * dims
+        if row != 0:
+            row += 8 * width
     return moved
 def look(block):
     if seen(block) != 0:
         return -1
-    if block[22] == 0:
+    if block[26] == 0:
         return 0
-    return seen(block[22])
+    return seen(block[26])
 def same(block):
     lists = block[0]
     at = block + 8
@@ -129,8 +161,14 @@ def same(block):
 many dimensions, sizes, strides; -1 = any will do); room for an answer; torch's functions that tell a tensor's data,
 dimensions, sizes, strides, and dtype, layout, kind and number of the device; what the last four should say; the two
 types that an object may have; and of gradients the address of torch's function that finds one (0: the tensors
-themselves are meant), the place and the value of its dispatch keys; the address of such a block for the gradients, or
-0. Answers -1 if anything differs, but for gradients with other data, which are put down and counted.
+themselves are meant), the place and the value of its dispatch keys; the address of rows, each with room for what
+`remember` puts down of a tensor (0: there are none), how many words of a `c10::TensorImpl` that is, where the address
+of its storage stands, and where in that its data; the address of such a block for the gradients, or 0. Answers -1 if
+anything differs, but for gradients with other data, which are put down and counted.
+
+A tensor of which all remembered words are as they were is as it was, and torch's functions are not asked. Sizes and
+strides of more than five dimensions stand elsewhere, so those tensors are not remembered. Six rows ahead, `expect`
+sends for what will be looked at: a step of many weights has driven it out of the cache.
 
 `same`: how many lists; of each its address, its length and its items; how many dicts; of each its address and its
 version. Answers 1 if all are so.

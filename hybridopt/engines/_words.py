@@ -3,7 +3,8 @@
 For what surrounds the compiled rules: tables of addresses, memory of torch and of CPython, pieces for threads. The
 language is a part of Python with one type, int64, as B had it: `a[i]` is the word that stands i words behind the
 address `a`, and can be assigned to; `call(f, ...)` calls the C function at an address, `claim(a)` adds one to the word
-at an address and gives what stood there, as no other thread is told.
+at an address and gives what stood there, as no other thread is told; `prefetch(a)` says that what stands at an address,
+which may be any number, will be read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from llvmlite import binding, ir
 from hybridopt.engines._llvm import Library
 
 WORD = ir.IntType(64)
-_OPERATORS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.BitAnd: "and_"}
+_OPERATORS = {
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.BitAnd: "and_",
+    ast.BitOr: "or_",
+    ast.BitXor: "xor",
+}
 _COMPARED = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 _PYTHON = {"PyLong_AsVoidPtr": 1, "PyLong_FromLongLong": 1, "PyEval_SaveThread": 0, "PyEval_RestoreThread": 1}
 _METHOD = """
@@ -182,6 +190,13 @@ class _Function:
             case ast.Call(func=ast.Name(id="claim"), args=[at]):
                 counter = self.build.inttoptr(self.value(at), WORD.as_pointer())
                 return self.build.atomic_rmw("add", counter, WORD(1), "monotonic")
+            case ast.Call(func=ast.Name(id="prefetch"), args=[at]):
+                byte = ir.IntType(8).as_pointer()
+                kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
+                hint = self.build.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+                how = [ir.IntType(32)(number) for number in (0, 3, 1)]  # to read, into all caches, data
+                self.build.call(hint, [self.build.inttoptr(self.value(at), byte), *how])
+                return WORD(0)
             case ast.Call(func=ast.Name(id="call"), args=[function, *rest]):
                 kind = ir.FunctionType(WORD, [WORD] * len(rest)).as_pointer()
                 target = self.build.inttoptr(self.value(function), kind)

@@ -39,7 +39,7 @@ def f(a):
             if i == 7:
                 return told
         else:
-            told = told - x * 2
+            told = told - x * 2 ^ (x | 6)
     return told + (told == 0)
 """
 
@@ -80,6 +80,13 @@ def test_numbers_of_64_bits() -> None:
     source = "def f(a):\n    return a[0] * 3 - 1\n"
     assert run(source, [1 << 60])[0] == 3 * (1 << 60) - 1
     assert run(source, [-(1 << 62)])[0] == -3 * (1 << 62) - 1 + (1 << 64)  # as int64 goes round
+
+
+def test_what_is_no_address_can_be_prefetched() -> None:
+    assert run("def f(a):\n    prefetch(a)\n    prefetch(a[0])\n    return a[1]\n", [-12345, 7]) == (
+        7,
+        [-12345, 7],
+    )
 
 
 def test_each_word_is_claimed_once() -> None:

@@ -57,6 +57,17 @@ def _share(t: Tensor) -> None:
     t.share_memory_()  # type: ignore[no-untyped-call]
 
 
+@pytest.fixture(params=[True, False], ids=["remembered", "asked"])
+def remembered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tensors are compared by the words of their memory first, or torch is asked at each look."""
+    if not request.param:
+        monkeypatch.setattr(_watch, "_place_of_words", lambda: (0, 0, 0))
+    elif not any(_watch._place_of_words()):
+        pytest.skip("which words tell of a tensor is not known")
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("change", [_data, _transpose, _reshape, _flatten, _narrow, _swap, _share])
 def test_weight_that_moved(change: Any) -> None:
     laid_out, others = tensors(), tensors()
@@ -71,6 +82,7 @@ def test_weight_that_moved(change: Any) -> None:
     assert memory.look() == -1  # as often as one asks
 
 
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("change", [_data, _swap, _share])
 def test_state_that_moved(change: Any) -> None:
     laid_out, others = tensors(), tensors()
@@ -81,6 +93,7 @@ def test_state_that_moved(change: Any) -> None:
     assert memory.look() == -1
 
 
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize(
     "other",
     [
@@ -115,6 +128,7 @@ def test_gradient_of_another_kind(other: Any) -> None:
     assert memory.look(gradients) == -1
 
 
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("name", ["dtype", "shape"])
 def test_gradient_of_another_dtype_or_shape(name: str) -> None:
     """Which torch lets nobody assign, but `.data` does."""
@@ -129,6 +143,41 @@ def test_gradient_of_another_dtype_or_shape(name: str) -> None:
     }
     p.grad.data = others[name]
     assert memory.look(gradients) == -1
+
+
+def test_torch_is_not_asked_again_of_what_is_remembered(remembered: bool) -> None:
+    memory = Memory(tensors(), tensors())
+    assert memory.look() == 0
+    memory.block[13] += 1  # the dtype that it should have, so that asking shows
+    assert memory.look() == (0 if remembered else -1)
+    memory.block[13] -= 1
+    assert memory.look() == 0
+
+
+@pytest.mark.usefixtures("remembered")
+@pytest.mark.parametrize("dims", [5, 6])
+def test_strides_of_many_dimensions(dims: int) -> None:
+    """torch keeps those of more than five elsewhere, and writes new ones to the same place."""
+    weight, state = torch.zeros([2] * dims).transpose_(0, 1), torch.zeros([2] * dims)
+    memory = Memory([weight], [state])
+    assert memory.look() == memory.look() == 0
+    weight.transpose_(2, 3)
+    assert memory.look() == -1
+
+
+@pytest.mark.usefixtures("remembered")
+def test_weight_whose_memory_is_shared_until_one_writes() -> None:
+    params = [Parameter(torch.ones(3, 3))]
+    optimizer = hybridopt.optim.SGD(params, lr=0.5)
+    for _ in range(3):
+        give(params, 0)
+        optimizer.step()
+    assert optimizer._used == COMPILED
+    before = params[0].detach().clone()
+    copied = torch._lazy_clone(params[0].detach())
+    optimizer.step()
+    assert torch.equal(copied, before)
+    assert not torch.equal(params[0].detach(), before)
 
 
 @pytest.mark.parametrize("kind", [dict, lambda x: defaultdict(dict, x)])
