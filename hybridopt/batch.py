@@ -19,6 +19,7 @@ from hybridopt.errors import ObjectiveError, StateError
 from hybridopt.evaluation import Evaluation
 from hybridopt.forms import Form
 from hybridopt.program import Noise, Program, compiled, program
+from hybridopt.rows import DeviceRows, Rows
 from hybridopt.vector import FloatArray, ParameterVector
 
 Choice: TypeAlias = Literal["auto", "vmap", "compiled", "loop"] | int
@@ -111,7 +112,7 @@ class Batch:
 
     # -- one forward of many points -----------------------------------------------------------------------------
 
-    def evaluate(self, x: FloatArray, fresh: bool) -> tuple[FloatArray, FloatArray | None]:
+    def evaluate(self, x: Rows, fresh: bool) -> tuple[FloatArray, FloatArray | None]:
         """The losses of all rows, and their gradients if this batch is for gradients. The weights stay in place.
 
         Under `vmap` a random number is drawn once for all rows, as the loop draws the same for each under the
@@ -127,9 +128,10 @@ class Batch:
         evaluation, random = self._evaluation, self._evaluation.randomness
         rows = len(x)
         if self._compiled is not None and rows < self.rows:  # a program is for one number of rows
-            x = x[np.minimum(np.arange(self.rows), rows - 1)]
+            x = x[np.minimum(np.arange(self.rows), rows - 1).tolist()]
         batched = (self._compiled or self._plain)["error" if random.policy == "independent" else "same"]
-        flat = torch.from_numpy(x.copy())  # memory of its own: a loss may write into its weights
+        own = x.copy()  # memory of its own: a loss may write into its weights
+        flat = own.tensor if isinstance(own, DeviceRows) else torch.from_numpy(own)
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eval mode knows no batches
         evaluation.guard.lend_buffers()
@@ -148,12 +150,12 @@ class Batch:
         values: FloatArray = losses.detach().to("cpu", torch.float64).numpy()[:rows]
         return values, None if slopes is None else slopes[:rows]
 
-    def _flat(self, gradients: Sequence[Tensor] | None, x: FloatArray) -> FloatArray | None:
+    def _flat(self, gradients: Sequence[Tensor] | None, x: Rows) -> FloatArray | None:
         if gradients is None:
             return None
         parts = [g.detach().reshape(len(g), -1).to("cpu", torch.float64) for g in gradients]
         flat: FloatArray = torch.cat(parts, dim=1).numpy()
-        slope = self._evaluation.vector.coordinates.slope(x)
+        slope = self._evaluation.vector.coordinates.slope(np.asarray(x))
         return flat if slope is None else flat * slope
 
     # -- which way ----------------------------------------------------------------------------------------------

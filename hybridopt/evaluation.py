@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from hybridopt.guard import ModelGuard
 from hybridopt.point import Point
 from hybridopt.randomness import Randomness
 from hybridopt.residuals import Residuals
+from hybridopt.rows import DeviceRows, Rows
 from hybridopt.vector import FloatArray, ParameterVector
 
 _MOVERS: dict[int, object] = {}  # id of a first weight -> token of the evaluation that moved it last
@@ -106,8 +107,14 @@ class Evaluation:
         self.vector.write(self.x)
         self._epoch = self.vector.epoch
 
-    def decoded(self, z: FloatArray) -> FloatArray:
-        """The weights, shape (..., n), that solver coordinates stand for: a new array, inside the bounds."""
+    @overload
+    def decoded(self, z: FloatArray) -> FloatArray: ...
+    @overload
+    def decoded(self, z: DeviceRows) -> DeviceRows: ...
+    def decoded(self, z: Rows) -> Rows:
+        """The weights, shape (..., n), that solver coordinates stand for: a new matrix, inside the bounds."""
+        if isinstance(z, DeviceRows):
+            return self._decoded_there(z)
         x = np.array(self.vector.decode(z))
         if self.vector.outside(x):
             row = tuple(np.argwhere((x < self.vector.lower) | (x > self.vector.upper))[0])
@@ -116,6 +123,15 @@ class Evaluation:
                 f"the method asked for a point outside the bounds: weight {row[-1]} at {float(x[row])}, expected "
                 f"within ({low}, {high}); this is a fault of the method"
             )
+        return x
+
+    def _decoded_there(self, z: DeviceRows) -> DeviceRows:
+        """The same on a device; rows come there only from methods that ask nothing outside the bounds."""
+        vector, x = self.vector, z.copy()
+        if vector.scale is not None:
+            x.tensor *= x.beside(vector.scale)
+            if vector.bounded:
+                x.clamp(vector.lower, vector.upper)
         return x
 
     def imagine(self, x: FloatArray) -> None:

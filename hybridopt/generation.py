@@ -162,7 +162,8 @@ class Generations:
         high = min(low + batch.rows, len(begun.x))
         fit = self._accounts.fitting(ledgers, high - done, int(begun.gradients is not None))
         x = evaluation.decoded(begun.x[low:high])
-        x[done - low + fit :] = x[done - low]
+        if fit < high - done:
+            x[done - low + fit :] = x[done - low]
         try:
             with evaluation.undone_on_error():
                 values, slopes = batch.evaluate(x, done == 0 and not probe)
@@ -257,7 +258,7 @@ class Generations:
             "begun": None
             if begun is None
             else [
-                torch.tensor(begun.x),
+                torch.tensor(np.asarray(begun.x)),
                 torch.tensor(begun.losses, dtype=torch.float64),
                 None if begun.gradients is None else torch.tensor(np.array(begun.gradients)),
                 begun.first,

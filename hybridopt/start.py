@@ -54,6 +54,8 @@ class Start:
     """Whether there are constraints beside the bounds (`Ask.limits`)."""
     checked: frozenset[str] = frozenset()
     """Derivatives of autograd that this method, begun before elsewhere, found right; see `HandOver`."""
+    device: str | None = None
+    """Where all weights live if that is a GPU and points may be drawn there; not saved, since it changes no number."""
 
     @property
     def n(self) -> int:
@@ -108,6 +110,7 @@ class Start:
             log=vector.log,
             choices=tuple((s.start, s.stop) for name, s in vector.slices.items() if name in vector.choices),
             constrained=vector.constrained,
+            device=_home(vector),
         )
         if warm is None:
             return start
@@ -151,6 +154,15 @@ class Start:
         names = tuple((name, first, last) for name, first, last in state["names"])
         choices = tuple((first, last) for first, last in state["choices"])
         return cls(**parts, names=names, choices=choices, checked=frozenset(state["checked"]))
+
+
+def _home(vector: ParameterVector) -> str | None:
+    """The GPU on which all weights live, unless coordinates are whole numbers or logarithms, which NumPy decodes."""
+    devices = {tensor.device for tensor in vector.tensors}
+    if len(devices) > 1 or vector.integer is not None or vector.log is not None:
+        return None
+    device = devices.pop()
+    return str(device) if device.type == "cuda" else None
 
 
 class Ending(NamedTuple):

@@ -19,6 +19,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/bounds.py",
         "hybridopt/code.py",
         "hybridopt/coordinates.py",
+        "hybridopt/rows.py",
         "hybridopt/errors.py",
         "hybridopt/ledger.py",
         "hybridopt/machine.py",

@@ -7,8 +7,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import fields, replace
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from hybridopt.optimizer import (
     Step,
     require_box,
 )
+from hybridopt.rows import DeviceRows, Rows, stacked
 from hybridopt.start import Ending, Start
 from hybridopt.vector import ParameterVector
 
@@ -64,7 +65,7 @@ class Strategy(Plain, abc.ABC):
     """
 
     @abc.abstractmethod
-    def ask(self, rng: np.random.Generator) -> FloatArray:
+    def ask(self, rng: np.random.Generator) -> Rows:
         """The next generation, shape (popsize, n), inside the bounds. All randomness comes from `rng`."""
 
     @abc.abstractmethod
@@ -132,7 +133,7 @@ class PopulationRun:
         self.notes: Sequence[str] = []
         self._begin(start)
         self._best = Incumbent(start.loss, start.x0)
-        self._pending: FloatArray | None = None
+        self._pending: Rows | None = None
         self._ending: Ending | None = None
         self._noisy = False
         self._named = Incumbent(math.inf, None)
@@ -159,16 +160,16 @@ class PopulationRun:
             drawn = self.strategy.ask(self._rng)
             judged = self._candidates() if self._noisy else []
             self._judged = len(judged)
-            self._pending = np.ascontiguousarray(np.vstack([*judged, drawn]) if judged else drawn)
-        return Request(Kind.POPULATION, self._pending)
+            self._pending = stacked(judged, drawn)
+        return Request(Kind.POPULATION, cast("FloatArray", self._pending))
 
     def tell(self, answer: Answer) -> Step | None:
         """See `Optimizer.tell`."""
         if answer.stop is not None:
             raise answer.stop
-        x, losses = self._pending, answer.losses
-        if x is None:
-            x = self.ask().x
+        if self._pending is None:
+            self.ask()
+        x, losses = cast("FloatArray | None", self._pending), answer.losses
         assert x is not None
         assert losses is not None
         self._noisy |= not answer.keeps_best
@@ -252,7 +253,7 @@ class PopulationRun:
                 f"state: it was saved by {state['method']!r}, this is {str(self.method)!r}; a method can only go on "
                 "with the options it began with"
             )
-        self._begin(Start.from_state(state["start"]))
+        self._begin(replace(Start.from_state(state["start"]), device=self.start.device))
         self.strategy.load_state_dict(state["strategy"])
         self._bits.state = copy.deepcopy(state["generator"])
         self._pending = _unpack(state["pending"])
@@ -285,8 +286,8 @@ def _require_distances(start: Start, method: str) -> None:
 
 def _pack(value: Any) -> Any:
     """Arrays as tensors of their own memory, inside lists too."""
-    if isinstance(value, np.ndarray):
-        return torch.tensor(value)
+    if isinstance(value, np.ndarray | DeviceRows):
+        return torch.tensor(np.asarray(value))
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list | tuple):

@@ -10,6 +10,7 @@ from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import HandOver
 from hybridopt.population._base import FloatArray
+from hybridopt.rows import Rows
 from hybridopt.start import Ending, Start
 
 
@@ -139,7 +140,7 @@ def agree(losses: FloatArray, tolfun: float) -> bool:
     return 0 < float(losses.max()) - lowest <= tolfun * max(1.0, abs(lowest))
 
 
-def end(reason: Reason, message: str, x: FloatArray, losses: FloatArray) -> Ending:
+def end(reason: Reason, message: str, x: Rows, losses: FloatArray) -> Ending:
     """An `Ending` at the best of some points."""
     lowest = int(np.argmin(losses))
     return Ending(reason, message, float(losses[lowest]), x[lowest].copy())

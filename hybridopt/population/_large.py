@@ -1,4 +1,4 @@
-"""Normal numbers and their weighted moments: NumPy for few weights, compiled loops for many."""
+"""Normal numbers and their weighted moments: NumPy for few weights, compiled loops for many, torch on a device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hybridopt.engines._modules import load
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines.cpu import at_once
+from hybridopt.errors import MemoryLimit
+from hybridopt.population import _device
 from hybridopt.population._base import FloatArray
+from hybridopt.rows import DeviceRows, Rows
+from hybridopt.start import Start
 
 MANY = 4096
 """From so many weights on it is worth loading a compiler (2 s once a machine, then .3 s a process)."""
@@ -26,7 +31,7 @@ _NOTHING: FloatArray = np.empty(0)
 
 def fill_normal(
     rng: np.random.Generator,
-    out: FloatArray,
+    out: Rows,
     mean: FloatArray | None = None,
     std: FloatArray | None = None,
 ) -> None:
@@ -34,6 +39,9 @@ def fill_normal(
 
     From `MANY` weights on 3 instead of 10 ns each; `rng` then gives 64 bits for every row.
     """
+    if isinstance(out, DeviceRows):
+        _device.normal(_keys(rng, len(out)), mean, std, out)
+        return
     kernels = _kernels() if out.shape[1] >= MANY else None
     if kernels is None:
         rng.standard_normal(out=out)
@@ -41,19 +49,52 @@ def fill_normal(
             out *= std
             out += mean
     else:
-        keys = rng.integers(2**32, size=(len(out), 2), dtype=np.uint32)
-        given = (keys, _NOTHING if mean is None else mean, _NOTHING if std is None else std, out)
+        given = (
+            _keys(rng, len(out)),
+            _NOTHING if mean is None else mean,
+            _NOTHING if std is None else std,
+            out,
+        )
         _in_parts(out, lambda first, last: kernels.normal(*given, first, last))
 
 
+def _keys(rng: np.random.Generator, rows: int) -> npt.NDArray[np.uint32]:
+    return rng.integers(2**32, size=(rows, 2), dtype=np.uint32)
+
+
+def fill_mirrored(rng: np.random.Generator, x: Rows, mean: FloatArray, std: FloatArray) -> None:
+    """Normal numbers of a mean and spread into the first half of the rows, their mirror images into the second."""
+    half = len(x) // 2
+    fill_normal(rng, x[:half])
+    if isinstance(x, DeviceRows):
+        _device.mirror(x, mean, std)
+        return
+    plus, minus = x[:half], x[half:]
+    plus *= std
+    np.subtract(mean, plus, out=minus)
+    plus += mean
+
+
+def into_bounds(start: Start, x: Rows) -> None:
+    """Bring all rows inside the bounds, in place."""
+    if not start.bounded:
+        return
+    if isinstance(x, DeviceRows):
+        x.clamp(start.lower, start.upper)
+    else:
+        np.clip(x, start.lower, start.upper, out=x)
+
+
 def weighted_moments(
-    x: FloatArray, mu: FloatArray, sigma: FloatArray, weights: FloatArray
+    x: Rows, mu: FloatArray, sigma: FloatArray, weights: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Sums of `w z` and of `w z²` over the rows of `x`, z = (x - mu) / sigma: each of shape (n,).
 
     No temporary is larger than n. The noise is taken from the points, not kept: a point that was clipped to the bounds
     counts with the noise it really had. Compiled or not, the bits are the same.
     """
+    if isinstance(x, DeviceRows):
+        return _device.moments(x, mu, sigma, weights)
     first, second = np.zeros_like(mu), np.zeros_like(mu)
     kernels = _kernels() if len(mu) >= MANY else None
     if kernels is not None:
@@ -82,14 +123,30 @@ class Room:
     """Memory of one generation after another: the last one's, unless somebody still holds it.
 
     Memory fresh from the operating system costs more than the numbers that are written there (1e6 weights, 45 points:
-    1 s beside 0.3 s on a virtual machine).
+    1 s beside 0.3 s on a virtual machine). On a device, whose memory torch keeps at hand, it is new each time.
+
+    Args:
+        start: tells on which device the model lives; many weights are drawn there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: Start) -> None:
+        self._device = start.device if start.n >= MANY else None
         self._last: FloatArray = np.empty((0, 0))
 
-    def take(self, rows: int, n: int) -> FloatArray:
-        """An array of shape (rows, n) that nobody else holds, whatever is in it."""
+    def take(self, rows: int, n: int) -> Rows:
+        """A matrix of shape (rows, n) that nobody else holds, whatever is in it.
+
+        Raises:
+            MemoryLimit: the device has too little memory.
+        """
+        if self._device is not None:
+            try:
+                return DeviceRows(torch.empty((rows, n), dtype=torch.float64, device=self._device))
+            except torch.OutOfMemoryError as error:
+                raise MemoryLimit(
+                    f"a generation of {rows} points of {n} weights: expected {8 * rows * n} bytes on {self._device}, "
+                    "which has less; give a smaller popsize, or select fewer weights (select=...)"
+                ) from error
         if self._last.shape != (rows, n) or sys.getrefcount(self._last) > 2:  # ours, and the argument's
             self._last = np.empty((rows, n))
         return self._last

@@ -23,7 +23,8 @@ from hybridopt.population._common import (
     share_by_rank,
     spread,
 )
-from hybridopt.population._large import Room, fill_normal, weighted_moments
+from hybridopt.population._large import Room, fill_mirrored, into_bounds, weighted_moments
+from hybridopt.rows import Rows
 from hybridopt.start import Ending, Start
 from hybridopt.text import method as read_method
 from hybridopt.vector import ParameterVector
@@ -81,7 +82,8 @@ class OpenAIES(_ES):
 
     For many weights (thousands to millions) whose loss has no useful gradient: steps, noise, simulators. The loss is
     seen through a normal blur of fixed width `sigma`; for the last digits chain a method that adapts its spread
-    (`SNES`, `PGPE`), which this one does not. One step is one generation: all its points can be evaluated at once.
+    (`SNES`, `PGPE`), which this one does not. One step is one generation: all its points can be evaluated at once. If
+    the model is on a GPU, generations of 4096 weights or more are drawn and kept there, the same points as on the CPU.
 
     Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning", 2017, Algorithm 1,
     with mirrored pairs and centered ranks in place of losses (its section 2.1), so that only the order of losses
@@ -179,7 +181,7 @@ class _OpenAI(Strategy):
 
     def serve(self, method: _ES, start: Start) -> Strategy:
         """Take options and start, and begin the optimizer on a tensor of its own."""
-        self.method, self.start, self.room = method, start, Room()
+        self.method, self.start, self.room = method, start, Room(start)
         self.center = torch.tensor(start.x0)
         bounds = np.stack([start.lower, start.upper], axis=1)
         self.optimizer = read_method(method.optimizer).start(
@@ -193,20 +195,17 @@ class _OpenAI(Strategy):
         center: FloatArray = self.center.numpy()
         return center
 
-    def ask(self, rng: np.random.Generator) -> FloatArray:
+    def ask(self, rng: np.random.Generator) -> Rows:
         """All mu + sigma z, then all mu - sigma z; before the first of them the start, unless its loss is known."""
         n, pairs = self.start.n, self.method.pairs(self.start.n)
         x = self.room.take(2 * pairs + self.fresh, n)
         if self.fresh:
             x[0] = self.start.x0
-        plus, minus = x[self.fresh : self.fresh + pairs], x[self.fresh + pairs :]
-        fill_normal(rng, plus)
-        plus *= self.sigma
-        np.subtract(self.mu, plus, out=minus)
-        plus += self.mu
-        return self.start.clip(x)
+        fill_mirrored(rng, x[self.fresh :], self.mu, self.sigma)
+        into_bounds(self.start, x)
+        return x
 
-    def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
+    def tell(self, x: Rows, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
         """One step of the optimizer, and see whether the end has come."""
         drawn, told = x[self.fresh :], losses[self.fresh :]
         self.fresh = False

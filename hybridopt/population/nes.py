@@ -24,7 +24,8 @@ from hybridopt.population._common import (
     share_by_rank,
     spread,
 )
-from hybridopt.population._large import Room, fill_normal, weighted_moments
+from hybridopt.population._large import Room, fill_normal, into_bounds, weighted_moments
+from hybridopt.rows import Rows
 from hybridopt.start import Ending, Start
 
 
@@ -62,8 +63,10 @@ class SNES(_NES):
     """Samples normal generations and learns their mean and one standard deviation for each weight.
 
     For 100 to some million weights without gradients, where memory of n² numbers is out of the question: it holds two
-    numbers for each weight and one generation. It does not see interactions of weights: up to a few hundred
-    weights `XNES` or CMA-ES need far fewer evaluations on bent valleys. One step is one generation.
+    numbers for each weight and one generation. If the model is on a GPU, generations of 4096 weights or more are drawn
+    and kept there, the same points as on the CPU, and only mean and spread travel. It does not see interactions of
+    weights: up to a few hundred weights `XNES` or CMA-ES need far fewer evaluations on bent valleys. One step is one
+    generation.
 
     Wierstra et al. 2014, Algorithm 6, with the learning rates of table 1. We differ: losses that are equal share
     their utilities; the start is evaluated in the first generation, beside it; a sample outside the bounds is
@@ -176,11 +179,11 @@ class _Normal(Strategy):
 
     def serve(self, method: _NES, start: Start) -> Strategy:
         """Take the options and the start, from which no state follows."""
-        self.method, self.start, self.room = method, start, Room()
+        self.method, self.start, self.room = method, start, Room(start)
         self.widest = 1e4 * float(spread(start, method.sigma).max())
         return self
 
-    def ask(self, rng: np.random.Generator) -> FloatArray:
+    def ask(self, rng: np.random.Generator) -> Rows:
         """A generation; before the first one the start, unless its loss is known."""
         n, popsize = self.start.n, self.method.points(self.start.n)
         x = self.room.take(popsize + self.fresh, n)
@@ -189,7 +192,7 @@ class _Normal(Strategy):
         self.sample(rng, x[self.fresh :])
         return x
 
-    def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
+    def tell(self, x: Rows, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
         """Follow the natural gradient, and see whether the end has come."""
         drawn, told = x[self.fresh :], losses[self.fresh :]
         self.fresh = False
@@ -213,11 +216,11 @@ class _Normal(Strategy):
         return mirror(self.start, self.mu)
 
     @abc.abstractmethod
-    def sample(self, rng: np.random.Generator, out: FloatArray) -> None:
+    def sample(self, rng: np.random.Generator, out: Rows) -> None:
         """Write points inside the bounds into `out`, shape (popsize, n)."""
 
     @abc.abstractmethod
-    def learn(self, x: FloatArray, u: FloatArray) -> None:
+    def learn(self, x: Rows, u: FloatArray) -> None:
         """Update the distribution from points, shape (popsize, n), and their utilities, shape (popsize,)."""
 
     @abc.abstractmethod
@@ -232,13 +235,12 @@ class _SNES(_Normal):
     sigma: FloatArray
     """Standard deviation of each weight, shape (n,)."""
 
-    def sample(self, rng: np.random.Generator, out: FloatArray) -> None:
+    def sample(self, rng: np.random.Generator, out: Rows) -> None:
         """See `_Normal.sample`. Clipped, which makes no weight's noise larger; it is not kept (memory)."""
         fill_normal(rng, out, self.mu, self.sigma)
-        if self.start.bounded:
-            np.clip(out, self.start.lower, self.start.upper, out=out)
+        into_bounds(self.start, out)
 
-    def learn(self, x: FloatArray, u: FloatArray) -> None:
+    def learn(self, x: Rows, u: FloatArray) -> None:
         """See `_Normal.learn`."""
         n = len(self.mu)
         gradient_mu, gradient_sigma = weighted_moments(x, self.mu, self.sigma, u)  # sum(u) = 0
@@ -266,7 +268,7 @@ class _XNES(_Normal):
     z: FloatArray
     """Noise of the generation that was asked last, shape (popsize, n)."""
 
-    def sample(self, rng: np.random.Generator, out: FloatArray) -> None:
+    def sample(self, rng: np.random.Generator, out: Rows) -> None:
         """See `_Normal.sample`. Mirrored, as if the loss were mirrored at its bounds: `mu` may lie beyond them.
 
         Noise clipped in one weight would lie far out in a distribution that is narrow across the weights.
@@ -274,7 +276,7 @@ class _XNES(_Normal):
         self.z = rng.standard_normal(out.shape)
         out[:] = mirror(self.start, self.mu + self.sigma * (self.z @ self.B.T))
 
-    def learn(self, x: FloatArray, u: FloatArray) -> None:
+    def learn(self, x: Rows, u: FloatArray) -> None:
         """See `_Normal.learn`."""
         n, method = len(self.mu), self.method
         assert isinstance(method, XNES)

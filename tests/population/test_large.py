@@ -17,6 +17,7 @@ from hybridopt.engines._translate import Untranslatable
 from hybridopt.optimizer import Answer
 from hybridopt.population import CMAES, PGPE, SNES, _large
 from hybridopt.population._large import MANY, fill_normal, weighted_moments
+from hybridopt.start import Start
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,7 @@ def test_a_run_of_many_weights_resumes_bit_for_bit(method: Any) -> None:
 
 
 def test_memory_is_taken_again_only_when_nobody_holds_it() -> None:
-    room = _large.Room()
+    room = _large.Room(Start(*np.zeros((4, 3)), 0))
     at = room.take(2, 3).ctypes.data
     assert room.take(2, 3).ctypes.data == at
     held = room.take(2, 3)
