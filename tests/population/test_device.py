@@ -5,6 +5,7 @@ Where there is no GPU, torch's operations run on the CPU: they round as a GPU's 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 import hybridopt
 from hybridopt import start as start_module
 from hybridopt.errors import MemoryLimit
+from hybridopt.optimizer import Answer
 from hybridopt.population import PGPE, SNES, OpenAIES, _device, _large
 from hybridopt.population._large import MANY, Room, fill_mirrored, fill_normal, weighted_moments
 from hybridopt.rows import DeviceRows, stacked
@@ -129,14 +131,13 @@ def test_too_little_memory_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def path(method: Any, budget: Any, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> Any:
-    """All losses, the best point, and whether a generation was on the device."""
+    """All losses and the best point."""
     weights = torch.zeros(N, dtype=options.pop("dtype", torch.float64), device=DEVICE)
     target = torch.linspace(-1, 1, N, dtype=weights.dtype, device=DEVICE)
     loss = options.pop("loss", lambda w: ((w - target) ** 2).mean())
-    losses, there = [], False
+    losses = []
     with hybridopt.Run(loss, weights, method, budget=budget, seed=3, **options) as run:
         for step in run:
-            there |= isinstance(getattr(run.optimizer, "_pending", None), DeviceRows)
             losses.append(step.loss)
         result = run.result()
     return losses, result.best_loss, result.x.tolist()
@@ -163,10 +164,13 @@ def test_a_run_takes_the_same_path(
     assert path(method, 61, **options) == expected
 
 
-@pytest.mark.usefixtures("there", "unmoved")
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_generations_are_on_the_device(method: Any) -> None:
     optimizer = method.start(hybridopt.ParameterVector(torch.zeros(N)), 0)
+    assert isinstance(optimizer.ask().x, DeviceRows)
+    optimizer.load_state_dict(optimizer.state_dict())  # what was drawn then is an array
+    optimizer.tell(Answer(losses=np.arange(float(len(optimizer.ask().x)))))
     assert isinstance(optimizer.ask().x, DeviceRows)
     few = method.start(hybridopt.ParameterVector(torch.zeros(MANY - 1)), 0)
     assert isinstance(few.ask().x, np.ndarray)
@@ -209,6 +213,19 @@ def test_a_loss_that_cannot_be_batched_and_one_that_draws(
     assert [path(method, 45, loss=loss) for loss in (one_by_one, noisy)] == expected
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_loss_that_writes_into_its_weights(method: Any, request: pytest.FixtureRequest) -> None:
+    def loss(w: Tensor) -> Tensor:
+        return (w.mul_(2) - 1).square().mean()
+
+    near = dataclasses.replace(method, sigma=1e-3)
+    *told, x = path(near, 45, loss=loss)
+    assert np.abs(x).max() > 0, "the best point is not the start"
+    request.getfixturevalue("there")
+    request.getfixturevalue("unmoved")
+    assert path(near, 45, loss=loss) == (*told, x)
+
+
 @pytest.mark.parametrize(
     "text", ["snes(popsize=6, evaluations=20) > adam", "race(snes(popsize=6), pgpe(popsize=6))"]
 )
@@ -237,14 +254,18 @@ def test_a_part_of_a_split(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("cut", [20, 23])
-def test_saved_on_one_goes_on_on_the_other(method: Any, cut: int, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("cut", "scale"), [(20, None), (23, None), (23, np.linspace(0.5, 2, N))])
+def test_saved_on_one_goes_on_on_the_other(
+    method: Any, cut: int, scale: Any, request: pytest.FixtureRequest
+) -> None:
     """Between generations and in the middle of one."""
 
     def begun(budget: int) -> Any:
         target = torch.linspace(-1, 1, N, dtype=torch.float64)
         weights = torch.zeros(N, dtype=torch.float64)
-        return hybridopt.Run(lambda w: ((w - target) ** 2).mean(), weights, method, budget=budget, seed=3)
+        return hybridopt.Run(
+            lambda w: ((w - target) ** 2).mean(), weights, method, budget=budget, seed=3, scale=scale
+        )
 
     def cut_at(budget: int) -> Any:
         with begun(budget) as run:
@@ -253,13 +274,13 @@ def test_saved_on_one_goes_on_on_the_other(method: Any, cut: int, request: pytes
             return run.state_dict()
 
     def whole(state: Any = None) -> Any:
-        with begun(60) as run:
+        with begun(1 + 8 * method.popsize) as run:  # whole generations, if nothing is evaluated twice
             if state is not None:
                 run.load_state_dict(state)
             for _ in run:
                 pass
             result = run.result()
-        return result.best_loss, result.evaluations, result.x.tolist()
+        return result.best_loss, result.steps, result.x.tolist()
 
     expected, here = whole(), cut_at(cut)
     request.getfixturevalue("there")
