@@ -15,12 +15,14 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 class DeviceRows:
     """A matrix on a device, shape (rows, n), float64, with as much of an array's face as generations need.
 
-    A row, or a list of rows, is a NumPy array on the host; a slice stays on the device; NumPy's own functions get a
-    copy of the whole. So what knows of it (drawing, decoding, the batched forward, moments) moves nothing, and all else
-    is right without knowing.
+    A row, or a list of rows, is a NumPy array on the host; a slice stays on the device, and so does what is added,
+    multiplied (by a number, or an array of shape (n,)) and multiplied by a matrix; `np.asarray` gives a copy of the
+    whole. So what knows of it (drawing, decoding, the batched forward, moments) moves nothing, and all else is right
+    without knowing.
     """
 
     ndim = 2
+    __array_ufunc__ = None  # an array on the left leaves the work to us
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -51,6 +53,18 @@ class DeviceRows:
     def __setitem__(self, index: int | slice, value: FloatArray) -> None:
         self.tensor[index] = self.beside(value)
 
+    def __mul__(self, by: float | FloatArray) -> DeviceRows:
+        return DeviceRows(self.tensor * (self.beside(by) if isinstance(by, np.ndarray) else by))
+
+    __rmul__ = __mul__
+
+    def __iadd__(self, other: FloatArray | DeviceRows) -> DeviceRows:
+        self.tensor += other.tensor if isinstance(other, DeviceRows) else self.beside(other)
+        return self
+
+    def __matmul__(self, matrix: FloatArray) -> DeviceRows:
+        return DeviceRows(self.tensor @ self.beside(matrix))
+
     def copy(self) -> DeviceRows:
         """Of its own memory."""
         return DeviceRows(self.tensor.clone())
@@ -74,3 +88,32 @@ def stacked(above: list[FloatArray], rows: Rows) -> Rows:
     if isinstance(rows, DeviceRows):
         return DeviceRows(torch.vstack([rows.beside(np.stack(above)), rows.tensor]))
     return np.ascontiguousarray(np.vstack([*above, rows]))
+
+
+def placed(device: str, rows: Rows) -> DeviceRows:
+    """A matrix as one on a device."""
+    return rows if isinstance(rows, DeviceRows) else DeviceRows(torch.tensor(rows, device=device))
+
+
+def combined(weights: FloatArray, rows: Rows) -> FloatArray:
+    """The sum of weights, shape (rows,), times rows, shape (n,)."""
+    if isinstance(rows, DeviceRows):
+        return np.asarray((rows.beside(weights) @ rows.tensor).cpu())
+    summed: FloatArray = weights.dot(rows)
+    return summed
+
+
+def squared_lengths(rows: Rows) -> FloatArray:
+    """Of each row, shape (rows,)."""
+    if isinstance(rows, DeviceRows):
+        return np.asarray(torch.linalg.vecdot(rows.tensor, rows.tensor).cpu())
+    squares: FloatArray = np.vecdot(rows, rows)
+    return squares
+
+
+def square(rows: Rows) -> None:
+    """Each number, in place."""
+    if isinstance(rows, DeviceRows):
+        rows.tensor.square_()
+    else:
+        np.square(rows, out=rows)

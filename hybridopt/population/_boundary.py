@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import overload
+
 import numpy as np
+import torch
 
 from hybridopt.population._base import FloatArray
+from hybridopt.rows import DeviceRows, Rows
 from hybridopt.start import Start
 
 
@@ -43,13 +48,19 @@ class Space:
             self._low = lower + self._margin_lower  # the identity between these
             self._high = upper - self._margin_upper
 
-    def inside(self, u: FloatArray) -> FloatArray:
+    @overload
+    def inside(self, u: FloatArray) -> FloatArray: ...
+    @overload
+    def inside(self, u: Rows) -> Rows: ...
+    def inside(self, u: Rows) -> Rows:
         """Search coordinates, shape (popsize, n), to solver coordinates within the bounds."""
         x = u * self.scale if self.scaled else u
         if not self.bounded:
             return x
+        if isinstance(x, DeviceRows):
+            return self._inside_there(x)
         if not self.scaled:
-            x = u.copy()
+            x = x.copy()
         at = np.nonzero((x < self._first) | (x > self._last))
         if len(at[0]):
             first, last = self._first[at[1]], self._last[at[1]]
@@ -68,6 +79,19 @@ class Space:
             x[at] = self.start.upper[i] - (self._last[i] - x[at]) ** 2 / (4 * self._margin_upper[i])
         # rounding cannot leave the box: a bound, moved inwards by a square
         return x if self.start.integer is None else self.start.clip(x)
+
+    def _inside_there(self, x: DeviceRows) -> DeviceRows:
+        """The rest of `inside`, everywhere instead of where it is needed; there are no whole numbers on a device."""
+        first, last, low, high = map(x.beside, (self._first, self._last, self._low, self._high))
+        margin_lower, margin_upper = x.beside(self._margin_lower), x.beside(self._margin_upper)
+        lower, upper = x.beside(self.start.lower), x.beside(self.start.upper)
+        below, t = torch.isfinite(first), x.tensor
+        period = torch.where(below & torch.isfinite(last), last - first, math.inf)
+        far = torch.where(below, t - first, last - t).abs() % (2 * period)
+        far = torch.minimum(far, 2 * period - far)
+        t = torch.where((t < first) | (t > last), torch.where(below, first + far, last - far), t)
+        t = torch.where(t < low, lower + (t - first) ** 2 / (4 * margin_lower), t)
+        return DeviceRows(torch.where(t > high, upper - (last - t) ** 2 / (4 * margin_upper), t))
 
     def outside(self, x: FloatArray) -> FloatArray:
         """Search coordinates, shape (n,), of a point within the bounds."""

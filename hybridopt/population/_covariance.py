@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from scipy.linalg.blas import daxpy, dscal, dsyr, dsyrk, dtrmm
 from scipy.linalg.lapack import dpotrf, dsyevd
 
 from hybridopt.population._base import FloatArray, Plain
+from hybridopt.rows import Rows, combined, square, squared_lengths
 
 IntArray: TypeAlias = npt.NDArray[np.intp]
 
@@ -107,9 +108,9 @@ class Steps(NamedTuple):
 
     order: IntArray
     """Shape (popsize,): which row is the best, the second, ..."""
-    z: FloatArray
+    z: Rows
     """Shape (popsize, n): normal numbers."""
-    y: FloatArray
+    y: Rows
     """Shape (popsize, n): the steps made of them."""
     z_w: FloatArray
     """Shape (n,): weighted mean of z; `y_w` of y."""
@@ -120,7 +121,7 @@ class Covariance(Plain, abc.ABC):
     """The shape of the distribution."""
 
     @abc.abstractmethod
-    def transform(self, z: FloatArray) -> FloatArray:
+    def transform(self, z: Rows) -> Rows:
         """Steps y ~ N(0, C), shape (popsize, n), of z ~ N(0, I)."""
 
     @abc.abstractmethod
@@ -162,7 +163,7 @@ def _shrinkage(k: Constants, h_sigma: bool) -> float:
 
 def _shares(k: Constants, steps: Steps) -> FloatArray:
     """c_mu w_i°, what each y yᵀ counts in C, by rank (eq. 46). ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used."""
-    squares = np.vecdot(steps.z, steps.z).take(steps.order)
+    squares = squared_lengths(steps.z).take(steps.order)
     squares[: k.mu] = 1.0
     shares: FloatArray = k.shares / squares
     return shares
@@ -191,15 +192,16 @@ class Full(Covariance):
         """C = factor factorᵀ, from its lower Cholesky factor."""
         return cls(np.zeros(len(factor)), factor @ factor.T, np.ascontiguousarray(factor.T))
 
-    def transform(self, z: FloatArray) -> FloatArray:
+    def transform(self, z: Rows) -> Rows:
         """See `Covariance.transform`: n² popsize operations."""
+        z = np.asarray(z)
         y: FloatArray = dtrmm(1.0, self.U.T, z.T, 0, 1).T  # from the left, lower triangle
         return y
 
     def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: n² popsize operations in place."""
         follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, steps.y_w)  # eq. 45
-        y = steps.y.take(steps.order, 0)
+        y = np.asarray(steps.y).take(steps.order, 0)
         y *= np.sqrt(np.abs(_shares(k, steps)))[:, None]
         # eq. 47; the transposes are what Fortran calls a matrix and its lower triangle
         C = dsyrk(1.0, y[: k.mu].T, _shrinkage(k, h_sigma), self.C.T, 0, 1, 1)
@@ -262,17 +264,17 @@ class Separable(Covariance):
         """C = I."""
         return cls(np.zeros(n), np.ones(n))
 
-    def transform(self, z: FloatArray) -> FloatArray:
+    def transform(self, z: Rows) -> Rows:
         """See `Covariance.transform`."""
-        y: FloatArray = z * np.sqrt(self.variances)
-        return y
+        return z * np.sqrt(self.variances)
 
     def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: the diagonal of eq. 47."""
         follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, steps.y_w)
         shares = np.empty(len(steps.order))
         shares[steps.order] = _shares(k, steps)
-        change = shares @ np.square(steps.y, out=steps.y)
+        square(steps.y)
+        change = combined(shares, steps.y)
         self.variances = _shrinkage(k, h_sigma) * self.variances + k.c_1 * self.p_c**2 + change
 
     def deviations(self) -> FloatArray:
@@ -301,7 +303,7 @@ class Limited(Covariance):
         """C = I, m = 4 + 3 ln n."""
         return cls(np.zeros((4 + int(3 * math.log(n)), n)))
 
-    def transform(self, z: FloatArray) -> FloatArray:
+    def transform(self, z: Rows) -> Rows:
         """See `Covariance.transform`: two products of popsize × m × n.
 
         Line 12 of the algorithm, d <- (1 - c_j) d + c_j M_j (M_jᵀ d) for each j in turn, only ever adds multiples of
@@ -309,9 +311,9 @@ class Limited(Covariance):
         """
         a, T = self._sum()
         M = self.M[: len(T)]
-        y: FloatArray = a * z
+        y: Any = a * z
         y += (z @ M.T @ T) @ M
-        return y
+        return cast("Rows", y)
 
     def _sum(self) -> tuple[float, FloatArray]:
         """The a and T of `transform`, for the first min(generations, m) rows of M."""

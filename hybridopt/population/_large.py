@@ -119,6 +119,28 @@ def _in_parts(x: FloatArray, run: Callable[[int, int], None]) -> None:
     at_once([functools.partial(run, first, min(first + width, n)) for first in range(0, n, width)])
 
 
+def drawn_on(start: Start) -> str | None:
+    """The device on which generations are drawn: that of the model, if they are large; None = the host."""
+    return start.device if start.n >= MANY else None
+
+
+def empty(device: str | None, rows: int, n: int) -> Rows:
+    """A matrix of shape (rows, n), whatever is in it.
+
+    Raises:
+        MemoryLimit: the device has too little memory.
+    """
+    if device is None:
+        return np.empty((rows, n))
+    try:
+        return DeviceRows(torch.empty((rows, n), dtype=torch.float64, device=device))
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimit(
+            f"a generation of {rows} points of {n} weights: expected {8 * rows * n} bytes on {device}, which has less; "
+            "give a smaller popsize, or select fewer weights (select=...)"
+        ) from error
+
+
 class Room:
     """Memory of one generation after another: the last one's, unless somebody still holds it.
 
@@ -130,23 +152,13 @@ class Room:
     """
 
     def __init__(self, start: Start) -> None:
-        self._device = start.device if start.n >= MANY else None
+        self._device = drawn_on(start)
         self._last: FloatArray = np.empty((0, 0))
 
     def take(self, rows: int, n: int) -> Rows:
-        """A matrix of shape (rows, n) that nobody else holds, whatever is in it.
-
-        Raises:
-            MemoryLimit: the device has too little memory.
-        """
+        """A matrix of shape (rows, n) that nobody else holds, whatever is in it; see `empty`."""
         if self._device is not None:
-            try:
-                return DeviceRows(torch.empty((rows, n), dtype=torch.float64, device=self._device))
-            except torch.OutOfMemoryError as error:
-                raise MemoryLimit(
-                    f"a generation of {rows} points of {n} weights: expected {8 * rows * n} bytes on {self._device}, "
-                    "which has less; give a smaller popsize, or select fewer weights (select=...)"
-                ) from error
+            return empty(self._device, rows, n)
         if self._last.shape != (rows, n) or sys.getrefcount(self._last) > 2:  # ours, and the argument's
             self._last = np.empty((rows, n))
         return self._last

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from scipy.linalg.blas import daxpy, dnrm2
@@ -30,8 +31,9 @@ from hybridopt.population._covariance import (
     constants,
     follow,
 )
-from hybridopt.population._large import fill_normal
+from hybridopt.population._large import drawn_on, empty, fill_normal
 from hybridopt.population._margin import Margin
+from hybridopt.rows import Rows, combined, placed
 from hybridopt.start import Ending, Start
 
 
@@ -41,8 +43,9 @@ class CMAES(PopulationMethod):
 
     The first choice without gradients for 2 to some hundred weights with interacting effects, losses that are noisy,
     bent or have many minima. One step is one generation. Only the order of the losses counts. For thousands of weights
-    choose `covariance="limited"` (interactions along few directions) or `"separable"` (none); where gradients are to be
-    had, a gradient method needs far fewer evaluations.
+    choose `covariance="limited"` (interactions along few directions) or `"separable"` (none), whose generations of 4096
+    weights or more are drawn and kept on the GPU if the model is on one; where gradients are to be had, a gradient
+    method needs far fewer evaluations.
 
     Weights and rates are the tutorial's, tolerances pycma's. We differ: samples are drawn with the Cholesky factor A of
     C instead of its symmetric root, and the path for the step size adds A^-1 y = z (Krause, Arbonès & Igel, NIPS
@@ -148,9 +151,9 @@ class Search(Strategy):
     shape: Covariance
     rate_mean: Rate | None
     rate_shape: Rate | None
-    z: FloatArray | None
+    z: Rows | None
     """Normal numbers of the generation that was asked and not yet told, and the steps made of them."""
-    y: FloatArray | None
+    y: Rows | None
     bests: list[float]
     """Lowest loss of each late generation."""
     medians: list[float]
@@ -171,6 +174,7 @@ class Search(Strategy):
 
     def __init__(self, method: CMAES, start: Start) -> None:
         self.method, self.start = method, start
+        self.device = None if method.covariance == FULL else drawn_on(start)
         stds = spread(start, method.sigma)
         self.sigma0 = float(stds.max())
         self.space = Space(start, stds / self.sigma0)
@@ -200,12 +204,12 @@ class Search(Strategy):
         self.z = self.y = None
         self.bests, self.medians = [], []
 
-    def ask(self, rng: np.random.Generator) -> FloatArray:
+    def ask(self, rng: np.random.Generator) -> Rows:
         """See `Strategy.ask`."""
-        self.z = np.empty((self.popsize, len(self.mean)))
+        self.z = empty(self.device, self.popsize, len(self.mean))
         fill_normal(rng, self.z)
         self.y = self.shape.transform(self.z)  # eq. 39
-        u = self.sigma * self._stretched(self.y)  # eq. 40
+        u = self.sigma * (self.y if self.stretch is None else self.y * self.stretch)  # eq. 40
         u += self.mean
         return self.space.inside(u)
 
@@ -229,7 +233,7 @@ class Search(Strategy):
 
         better = np.empty(self.popsize)
         better[order] = k.better
-        z_w, y_w = better.dot(z), better.dot(y)  # eq. 41
+        z_w, y_w = combined(better, z), combined(better, y)  # eq. 41
         follow(self.p_sigma, k.c_sigma, k.gain_sigma, z_w)  # eq. 43
         length = dnrm2(self.p_sigma)
         usual = k.chi * math.sqrt(1 - (1 - k.c_sigma) ** (2 * self.generation))
@@ -266,6 +270,12 @@ class Search(Strategy):
         change.flat[:: len(z_w) + 1] += 1
         self.mean = self.mean + after * self.sigma * self._stretched(y_w)
         self.sigma *= self.shape.become(change) * before / after
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the fields over; a generation that waits for its losses goes to where it was drawn."""
+        super().load_state_dict(state)
+        if self.device is not None and self.z is not None and self.y is not None:
+            self.z, self.y = placed(self.device, self.z), placed(self.device, self.y)
 
     def favourite(self) -> FloatArray | None:
         """See `Strategy.favourite`: the mean; with restarts none, since a new search begins anywhere."""

@@ -131,7 +131,7 @@ class Surrogate(Strategy):
                     self._end_generation(self.known, rng)  # if it ended here, it ends after the next one
                 self.generation = None
         if self.generation is None:
-            self.generation = self.search.ask(rng)
+            self.generation = np.asarray(self.search.ask(rng))
             self.known = np.full(len(self.generation), np.nan)
             model = self._fitted()
             self._inject(model.minimum)

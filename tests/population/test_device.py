@@ -17,14 +17,19 @@ import hybridopt
 from hybridopt import start as start_module
 from hybridopt.errors import MemoryLimit
 from hybridopt.optimizer import Answer
-from hybridopt.population import PGPE, SNES, OpenAIES, _device, _large
+from hybridopt.population import CMAES, PGPE, SNES, OpenAIES, _device, _large
+from hybridopt.population._boundary import Space
 from hybridopt.population._large import MANY, Room, fill_mirrored, fill_normal, weighted_moments
-from hybridopt.rows import DeviceRows, stacked
+from hybridopt.rows import DeviceRows, combined, square, squared_lengths, stacked
 from hybridopt.start import Start
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = MANY + 905
 METHODS = [SNES(popsize=7), PGPE(popsize=6), OpenAIES(popsize=8)]
+CMA = [
+    CMAES(popsize=7, covariance="separable"),
+    CMAES(popsize=7, covariance="limited"),
+]  # sums round otherwise there
 
 
 @pytest.fixture
@@ -76,6 +81,25 @@ def test_mirrored_pairs_and_moments_are_the_same_bits(n: int) -> None:
         weighted_moments(here, mu, sigma, weights), weighted_moments(rows, mu, sigma, weights), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_arithmetic_and_sums() -> None:
+    rng = np.random.default_rng(0)
+    x, by, matrix = rng.normal(size=(4, 6)), rng.normal(size=6), rng.normal(size=(6, 2))
+    rows = DeviceRows(torch.from_numpy(x.copy()).to(DEVICE))
+    for found, expected in ((rows * by, x * by), (np.float64(3) * rows, 3 * x), (2.5 * rows, 2.5 * x)):
+        np.testing.assert_array_equal(np.asarray(found), expected)
+    np.testing.assert_allclose(np.asarray(rows @ matrix), x @ matrix, rtol=1e-13)
+    np.testing.assert_allclose(combined(by[:4], rows), by[:4] @ x, rtol=1e-13)
+    np.testing.assert_allclose(squared_lengths(rows), (x * x).sum(1), rtol=1e-13)
+    other = rows.copy()
+    other += by
+    other += rows
+    np.testing.assert_array_equal(np.asarray(other), x + by + x)
+    square(rows)
+    np.testing.assert_array_equal(np.asarray(rows), x * x)
+    with pytest.raises(TypeError):  # nothing is moved unasked
+        np.exp(rows)
 
 
 def test_extreme_words_give_the_same_bits() -> None:
@@ -164,12 +188,49 @@ def test_a_run_takes_the_same_path(
     assert path(method, 61, **options) == expected
 
 
+@pytest.mark.parametrize("method", CMA, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bounds": (-0.4, 0.3)}, {"scale": np.linspace(0.5, 2, N), "bounds": (-0.4, np.inf)}],
+    ids=["plain", "bounds", "scale"],
+)
+def test_a_run_takes_almost_the_same_path(
+    method: Any, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    expected = path(method, 64, **options)
+    request.getfixturevalue("there")
+    request.getfixturevalue("unmoved")
+    for found, known in zip(path(method, 64, **options), expected, strict=True):
+        np.testing.assert_allclose(found, known, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.usefixtures("there")
-@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_full_covariance_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_large, "MANY", 30)
+    optimizer: Any = CMAES(popsize=4).start(hybridopt.ParameterVector(torch.zeros(40)), 0)
+    assert isinstance(optimizer.ask().x, np.ndarray)
+    assert isinstance(optimizer.strategy.z, np.ndarray)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_the_map_into_the_box(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    lower, upper = np.array([-1, -np.inf, -2, -np.inf, 0.5]), np.array([1, 3, np.inf, np.inf, 0.6])
+    space = Space(Start(np.zeros(5), lower, upper, np.full(5, 1e-16), 0), np.full(5, scale))
+    u = rng.normal(size=(4000, 5)) * 10.0 ** rng.integers(-2, 3, (4000, 1))
+    rows = space.inside(DeviceRows(torch.from_numpy(u).to(DEVICE)))
+    np.testing.assert_array_equal(np.asarray(rows), space.inside(u))
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("method", METHODS + CMA, ids=str)
 def test_generations_are_on_the_device(method: Any) -> None:
     optimizer = method.start(hybridopt.ParameterVector(torch.zeros(N)), 0)
     assert isinstance(optimizer.ask().x, DeviceRows)
     optimizer.load_state_dict(optimizer.state_dict())  # what was drawn then is an array
+    if method in CMA:
+        assert isinstance(optimizer.strategy.z, DeviceRows)
+        assert isinstance(optimizer.strategy.y, DeviceRows)
     optimizer.tell(Answer(losses=np.arange(float(len(optimizer.ask().x)))))
     assert isinstance(optimizer.ask().x, DeviceRows)
     few = method.start(hybridopt.ParameterVector(torch.zeros(MANY - 1)), 0)
@@ -253,7 +314,7 @@ def test_a_part_of_a_split(request: pytest.FixtureRequest) -> None:
     assert run() == expected
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS + CMA, ids=str)
 @pytest.mark.parametrize(("cut", "scale"), [(20, None), (23, None), (23, np.linspace(0.5, 2, N))])
 def test_saved_on_one_goes_on_on_the_other(
     method: Any, cut: int, scale: Any, request: pytest.FixtureRequest
@@ -285,6 +346,9 @@ def test_saved_on_one_goes_on_on_the_other(
     expected, here = whole(), cut_at(cut)
     request.getfixturevalue("there")
     there = cut_at(cut)
+    if method in CMA:  # to the bit only where it was
+        assert whole(there) == whole()
+        return
     assert whole() == whole(here) == whole(there) == expected
     request.getfixturevalue("monkeypatch").undo()
     assert whole(there) == expected
