@@ -55,7 +55,7 @@ class Start:
     checked: frozenset[str] = frozenset()
     """Derivatives of autograd that this method, begun before elsewhere, found right; see `HandOver`."""
     device: str | None = None
-    """Where all weights live if that is a GPU and points may be drawn there; not saved, since it changes no number."""
+    """Where all weights live if that is a GPU and points may be drawn there; not saved, since a run may move."""
 
     @property
     def n(self) -> int:
