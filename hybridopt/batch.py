@@ -132,6 +132,8 @@ class Batch:
         batched = (self._compiled or self._plain)["error" if random.policy == "independent" else "same"]
         own = x.copy()  # memory of its own: a loss may write into its weights
         flat = own.tensor if isinstance(own, DeviceRows) else torch.from_numpy(own)
+        if self._compiled is not None and len(devices := {t.device for t in evaluation.vector.tensors}) == 1:
+            flat = flat.to(devices.pop())  # one program, wherever the points were drawn
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eval mode knows no batches
         evaluation.guard.lend_buffers()

@@ -16,6 +16,7 @@ from hybridopt.evaluation import Evaluation
 from hybridopt.feasibility import Feasibility
 from hybridopt.ledger import Ledger
 from hybridopt.optimizer import Answer, Kind, Request
+from hybridopt.rows import own
 from hybridopt.vector import FloatArray
 
 FEW = 4  # fewer points than this are evaluated one by one: one batch costs about as much on a small model
@@ -79,7 +80,7 @@ class Generations:
             or (begun.gradients is not None) is not slopes
             or not np.array_equal(begun.x, request.x)
         ):
-            begun = self._begun = _Begun(request.x.copy(), [], [] if slopes else None, 0)
+            begun = self._begun = _Begun(own(request.x), [], [] if slopes else None, 0)
         batch = self.gradient_batch if slopes else self.batch
         batch.wanted |= rows >= FEW
         while (done := len(begun.losses)) < rows:
@@ -161,11 +162,11 @@ class Generations:
         low = first + (done - first) // batch.rows * batch.rows
         high = min(low + batch.rows, len(begun.x))
         fit = self._accounts.fitting(ledgers, high - done, int(begun.gradients is not None))
-        x = evaluation.decoded(begun.x[low:high])
-        if fit < high - done:
-            x[done - low + fit :] = x[done - low]
         try:
             with evaluation.undone_on_error():
+                x = evaluation.decoded(begun.x[low:high])
+                if fit < high - done:
+                    x[done - low + fit :] = x[done - low]
                 values, slopes = batch.evaluate(x, done == 0 and not probe)
         except Exception as error:
             if out_of_memory(error):

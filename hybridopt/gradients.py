@@ -224,20 +224,19 @@ class Jacobian:
     def _decide(self, x: FloatArray) -> None:
         """Settle `auto` at the first point whose value is finite."""
         self.mode = "autograd"
-        if self._of.what in self._start.checked:
-            self._look(x, self._both)
-            return
-        self._look(x, None)
+        known = self._of.what in self._start.checked
+        both = self._both if known else None
+        self._look(x, both)
         value = self._value.copy()
         if not np.isfinite(value).all():
             self.mode = "auto"
             return
-        slope, surrogate = self._of.slope(x)
+        slope, surrogate = self._of.slope(x) if both is None else (self._slope, False)
         if slope is None:
             self._refuse("the loss has no graph to the weights", quiet=True)
             return
         self._slope = slope
-        fault = "" if surrogate else self._fault(x, value, slope)
+        fault = "" if surrogate or known else self._fault(x, value, slope)
         if fault:
             self._refuse(fault)
 

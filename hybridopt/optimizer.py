@@ -68,8 +68,8 @@ class Request(NamedTuple):
 
     kind: Kind
     x: FloatArray | None = None
-    """Solver coordinates, shape (n,) or (popsize, n), float64; a population on a GPU reads like one (`DeviceRows`).
-    None: "where the weights stand" (in-place methods); gradients then stay in the weights' `.grad`."""
+    """Solver coordinates, shape (n,) or (popsize, n), float64; a population drawn on a GPU is a `DeviceRows`. None:
+    "where the weights stand" (in-place methods); gradients then stay in the weights' `.grad`."""
     probe: bool = False
     """A question on the way to another one (a difference stencil): counted, but never the method's own point."""
     commit: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,10 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 class DeviceRows:
     """A matrix on a device, shape (rows, n), float64, with as much of an array's face as generations need.
 
-    A row, or a list of rows, is a NumPy array on the host; a slice stays on the device, and so does what is added,
-    multiplied (by a number, or an array of shape (n,)) and multiplied by a matrix; `np.asarray` gives a copy of the
-    whole. So what knows of it (drawing, decoding, the batched forward, moments) moves nothing, and all else is right
-    without knowing.
+    A row, or a list of rows, is a NumPy array on the host; a slice stays on the device, and so does what is added or
+    multiplied (a number, or an array of shape (n,)); `np.asarray` gives a copy of the whole. So what knows of it
+    (drawing, decoding, the batched forward, moments) moves nothing; what takes rows or the whole need not know; and
+    NumPy's arithmetic is an error.
     """
 
     ndim = 2
@@ -38,7 +38,9 @@ class DeviceRows:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """A copy on the host."""
-        return np.array(self.tensor.cpu().numpy(), dtype=dtype)
+        if copy is False:
+            raise ValueError("rows of a device: expected that they may be copied, got copy=False")
+        return np.asarray(_on_host(self.tensor), dtype=dtype)
 
     @overload
     def __getitem__(self, index: slice) -> DeviceRows: ...
@@ -47,8 +49,7 @@ class DeviceRows:
     def __getitem__(self, index: Any) -> DeviceRows | FloatArray:
         if isinstance(index, slice):
             return DeviceRows(self.tensor[index])
-        at = index if isinstance(index, list) else int(index)
-        return np.array(self.tensor[at].cpu().numpy())
+        return _on_host(self.tensor[index if isinstance(index, list) else int(index)])
 
     def __setitem__(self, index: int | slice, value: FloatArray) -> None:
         self.tensor[index] = self.beside(value)
@@ -61,9 +62,6 @@ class DeviceRows:
     def __iadd__(self, other: FloatArray | DeviceRows) -> DeviceRows:
         self.tensor += other.tensor if isinstance(other, DeviceRows) else self.beside(other)
         return self
-
-    def __matmul__(self, matrix: FloatArray) -> DeviceRows:
-        return DeviceRows(self.tensor @ self.beside(matrix))
 
     def copy(self) -> DeviceRows:
         """Of its own memory."""
@@ -79,6 +77,17 @@ class DeviceRows:
 
 
 Rows: TypeAlias = FloatArray | DeviceRows
+
+
+def _on_host(tensor: Tensor) -> FloatArray:
+    """A copy."""
+    copied: FloatArray = tensor.to("cpu", copy=True).numpy()
+    return copied
+
+
+def own(rows: FloatArray) -> FloatArray:
+    """A copy that nobody writes to; rows of a device, which nobody does, as they are."""
+    return rows if isinstance(cast("object", rows), DeviceRows) else rows.copy()
 
 
 def stacked(above: list[FloatArray], rows: Rows) -> Rows:

@@ -203,6 +203,7 @@ class SolverRun:
         loss, x = state["incumbent"][0], state["incumbent"][1].numpy().copy()
         self._drop_carrier()
         self.start = Start.from_state(state["start"])
+        self._checked = set(self.start.checked)
         self.notes = list(state["notes"])
         self._exact = exact
         self._saved_fingerprint = dict(state["fingerprint"])

@@ -182,7 +182,8 @@ class SequenceRun:
         best = Incumbent(known, self._best_x)
         self._here = self.method.accept(self._here, self._ended_at(), best, self._seed(index))
         handed = self._child.hand_over()._replace(x=self._here.x, loss=self._here.loss)
-        checked = handed.checked if following.method == self._stage.method else frozenset()
+        again = following.method == self._stage.method and not following.method.parts
+        checked = handed.checked if again else frozenset()
         handed = handed.only(following.received)
         self._child.close()
         warm = self.method.begin(index, handed, self._origin, self.vector, self._seed(index))

@@ -155,8 +155,8 @@ class Plan(abc.ABC):
         if not self._alike(grads):
             return False
         begun = self.there is not None  # compiled code may have put down some of the addresses
-        if self.memory is not None and readable(grads):
-            self.there = Gradients(self.params, grads, self.gradients)
+        known = self.memory is not None and readable(grads)
+        self.there = Gradients(self.params, grads, self.gradients) if known else None
         if begun or addresses != self.gradients:
             self.gradients[:] = addresses
             self._moved()

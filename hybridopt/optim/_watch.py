@@ -180,8 +180,8 @@ def _place_of_words() -> tuple[int, int, int]:
     """
     keys = _place_of_keys()
     with torch.inference_mode(False), torch.no_grad():
-        t = torch.zeros(4, 6, device="cpu")
-        tensors = [t, torch.ones(3, device="cpu"), torch.ones(5, 2, device="cpu")[1:]]
+        t, *others = (torch.zeros(size, dtype=torch.float32, device="cpu") for size in ((4, 6), (3,), (5, 2)))
+        tensors = [t, others[0], others[1][1:]]
         stores = [one.untyped_storage() for one in tensors]
         handles, impls = [store._cdata for store in stores], [_number_at(id(one) + 16) for one in tensors]
         at = _place(impls, handles, range(16, keys, 8))

@@ -157,11 +157,29 @@ class PopulationRun:
         if self._ending is not None:
             raise ClosedError(f"{self.name}: it has ended ({self._ending.message}); start it again to go on")
         if self._pending is None:
-            drawn = self.strategy.ask(self._rng)
+            drawn = self._drawn()
             judged = self._candidates() if self._noisy else []
             self._judged = len(judged)
             self._pending = stacked(judged, drawn)
         return Request(Kind.POPULATION, cast("FloatArray", self._pending))
+
+    def _drawn(self) -> Rows:
+        """The next generation, on the model's device, from the host if there is too little memory there."""
+        if self.start.device is None:
+            return self.strategy.ask(self._rng)
+        before = copy.deepcopy(self._bits.state)
+        try:
+            return self.strategy.ask(self._rng)
+        except torch.OutOfMemoryError:
+            state = self.strategy.state_dict()
+        self._begin(replace(self.start, device=None))
+        self.strategy.load_state_dict(state)
+        self._bits.state = before
+        self.notes = [
+            *self.notes,
+            "generations are drawn on the CPU: the weights' device has too little memory",
+        ]
+        return self.strategy.ask(self._rng)
 
     def tell(self, answer: Answer) -> Step | None:
         """See `Optimizer.tell`."""

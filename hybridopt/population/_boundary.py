@@ -85,13 +85,16 @@ class Space:
         first, last, low, high = map(x.beside, (self._first, self._last, self._low, self._high))
         margin_lower, margin_upper = x.beside(self._margin_lower), x.beside(self._margin_upper)
         lower, upper = x.beside(self.start.lower), x.beside(self.start.upper)
-        below, t = torch.isfinite(first), x.tensor
+        below = torch.isfinite(first)
         period = torch.where(below & torch.isfinite(last), last - first, math.inf)
-        far = torch.where(below, t - first, last - t).abs() % (2 * period)
-        far = torch.minimum(far, 2 * period - far)
-        t = torch.where((t < first) | (t > last), torch.where(below, first + far, last - far), t)
-        t = torch.where(t < low, lower + (t - first) ** 2 / (4 * margin_lower), t)
-        return DeviceRows(torch.where(t > high, upper - (last - t) ** 2 / (4 * margin_upper), t))
+        inside = x.copy()
+        for t in inside.tensor:  # a row at a time: it takes some ten times its memory
+            far = torch.where(below, t - first, last - t).abs() % (2 * period)
+            far = torch.minimum(far, 2 * period - far)
+            t[:] = torch.where((t < first) | (t > last), torch.where(below, first + far, last - far), t)
+            t[:] = torch.where(t < low, lower + (t - first) ** 2 / (4 * margin_lower), t)
+            t[:] = torch.where(t > high, upper - (last - t) ** 2 / (4 * margin_upper), t)
+        return inside
 
     def outside(self, x: FloatArray) -> FloatArray:
         """Search coordinates, shape (n,), of a point within the bounds."""

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -304,16 +304,17 @@ class Limited(Covariance):
         return cls(np.zeros((4 + int(3 * math.log(n)), n)))
 
     def transform(self, z: Rows) -> Rows:
-        """See `Covariance.transform`: two products of popsize × m × n.
+        """See `Covariance.transform`, on the host, where M is: two products of popsize × m × n.
 
         Line 12 of the algorithm, d <- (1 - c_j) d + c_j M_j (M_jᵀ d) for each j in turn, only ever adds multiples of
         M's rows to d. So d = a z + z Mᵀ T M (rows) with an m × m matrix T that the rows' scalar products alone decide.
         """
         a, T = self._sum()
         M = self.M[: len(T)]
-        y: Any = a * z
+        z = np.asarray(z)
+        y: FloatArray = a * z
         y += (z @ M.T @ T) @ M
-        return cast("Rows", y)
+        return y
 
     def _sum(self) -> tuple[float, FloatArray]:
         """The a and T of `transform`, for the first min(generations, m) rows of M."""

@@ -16,7 +16,6 @@ import torch
 from hybridopt.engines._modules import load
 from hybridopt.engines._translate import Untranslatable
 from hybridopt.engines.cpu import at_once
-from hybridopt.errors import MemoryLimit
 from hybridopt.population import _device
 from hybridopt.population._base import FloatArray
 from hybridopt.rows import DeviceRows, Rows
@@ -125,20 +124,10 @@ def drawn_on(start: Start) -> str | None:
 
 
 def empty(device: str | None, rows: int, n: int) -> Rows:
-    """A matrix of shape (rows, n), whatever is in it.
-
-    Raises:
-        MemoryLimit: the device has too little memory.
-    """
+    """A matrix of shape (rows, n), whatever is in it."""
     if device is None:
         return np.empty((rows, n))
-    try:
-        return DeviceRows(torch.empty((rows, n), dtype=torch.float64, device=device))
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimit(
-            f"a generation of {rows} points of {n} weights: expected {8 * rows * n} bytes on {device}, which has less; "
-            "give a smaller popsize, or select fewer weights (select=...)"
-        ) from error
+    return DeviceRows(torch.empty((rows, n), dtype=torch.float64, device=device))
 
 
 class Room:
@@ -156,7 +145,7 @@ class Room:
         self._last: FloatArray = np.empty((0, 0))
 
     def take(self, rows: int, n: int) -> Rows:
-        """A matrix of shape (rows, n) that nobody else holds, whatever is in it; see `empty`."""
+        """A matrix of shape (rows, n) that nobody else holds, whatever is in it."""
         if self._device is not None:
             return empty(self._device, rows, n)
         if self._last.shape != (rows, n) or sys.getrefcount(self._last) > 2:  # ours, and the argument's

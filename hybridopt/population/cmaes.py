@@ -22,6 +22,7 @@ from hybridopt.population._covariance import (
     FULL,
     HISTORY,
     LIMITED,
+    SEPARABLE,
     SHAPES,
     Constants,
     Covariance,
@@ -43,8 +44,8 @@ class CMAES(PopulationMethod):
 
     The first choice without gradients for 2 to some hundred weights with interacting effects, losses that are noisy,
     bent or have many minima. One step is one generation. Only the order of the losses counts. For thousands of weights
-    choose `covariance="limited"` (interactions along few directions) or `"separable"` (none), whose generations of 4096
-    weights or more are drawn and kept on the GPU if the model is on one; where gradients are to be had, a gradient
+    choose `covariance="limited"` (interactions along few directions) or `"separable"` (none; its generations of 4096
+    weights or more are drawn and kept on the GPU if the model is on one); where gradients are to be had, a gradient
     method needs far fewer evaluations.
 
     Weights and rates are the tutorial's, tolerances pycma's. We differ: samples are drawn with the Cholesky factor A of
@@ -174,7 +175,7 @@ class Search(Strategy):
 
     def __init__(self, method: CMAES, start: Start) -> None:
         self.method, self.start = method, start
-        self.device = None if method.covariance == FULL else drawn_on(start)
+        self.device = drawn_on(start) if method.covariance == SEPARABLE else None
         stds = spread(start, method.sigma)
         self.sigma0 = float(stds.max())
         self.space = Space(start, stds / self.sigma0)

@@ -228,7 +228,11 @@ def test_a_gradient_found_right_is_not_checked_again(solver: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "known"),
-    [("restart(lbfgsb(evaluations=6), restarts=3)", True), ("slsqp(evaluations=6) > lbfgsb", False)],
+    [
+        ("restart(lbfgsb(evaluations=6), restarts=3)", True),
+        ("slsqp(evaluations=6) > lbfgsb", False),
+        ("restart(slsqp(evaluations=6) > lbfgsb(evaluations=6), restarts=2)", False),
+    ],
 )
 def test_what_was_found_right_is_saved_and_no_other_methods_affair(text: str, known: bool) -> None:
     made, _ = start(method(text), 60)
@@ -237,9 +241,29 @@ def test_what_was_found_right_is_saved_and_no_other_methods_affair(text: str, kn
         for _ in made:
             state = made.optimizer.state_dict()
             if state["index"]:
-                later.append(state["child"]["start"]["checked"])
+                child = state["child"]
+                later.append(child.get("child", child)["start"]["checked"])
     assert later
     assert all(checked == (["gradient"] if known else []) for checked in later)
+
+
+@pytest.mark.parametrize("solver", ["lbfgsb", "slsqp"])
+def test_a_restart_where_there_is_no_graph_goes_on_with_differences(solver: str) -> None:
+    def loss(x: Tensor) -> Tensor:
+        value = ((x - 3) ** 2).sum()
+        return value if x[0].item() > 0 else value.detach() + 1
+
+    result = hybridopt.minimize(
+        loss,
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        f"restart({solver}(evaluations=9), begin_at=uniform, restarts=6)",
+        bounds=(-5, 5),
+        budget="300fe",
+        seed=0,
+    )
+    assert len(result.stages) == 7
+    assert result.best_loss < 1e-9
+    assert any("no graph" in note for note in result.notes)
 
 
 def test_growing_options() -> None:

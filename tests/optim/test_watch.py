@@ -145,6 +145,19 @@ def test_gradient_of_another_dtype_or_shape(name: str) -> None:
     assert memory.look(gradients) == -1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_words_are_found_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    known = _watch._place_of_words()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        _watch._place_of_words.cache_clear()
+        assert _watch._place_of_words() == known
+    finally:
+        torch.set_default_dtype(before)
+        _watch._place_of_words.cache_clear()
+
+
 def test_torch_is_not_asked_again_of_what_is_remembered(remembered: bool) -> None:
     memory = Memory(tensors(), tensors())
     assert memory.look() == 0

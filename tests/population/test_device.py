@@ -15,21 +15,23 @@ from torch import Tensor
 
 import hybridopt
 from hybridopt import start as start_module
-from hybridopt.errors import MemoryLimit
 from hybridopt.optimizer import Answer
 from hybridopt.population import CMAES, PGPE, SNES, OpenAIES, _device, _large
 from hybridopt.population._boundary import Space
-from hybridopt.population._large import MANY, Room, fill_mirrored, fill_normal, weighted_moments
+from hybridopt.population._large import MANY, fill_mirrored, fill_normal, weighted_moments
 from hybridopt.rows import DeviceRows, combined, square, squared_lengths, stacked
 from hybridopt.start import Start
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = MANY + 905
 METHODS = [SNES(popsize=7), PGPE(popsize=6), OpenAIES(popsize=8)]
-CMA = [
-    CMAES(popsize=7, covariance="separable"),
-    CMAES(popsize=7, covariance="limited"),
-]  # sums round otherwise there
+CMA = [CMAES(popsize=7, covariance="separable")]  # its sums round otherwise there
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points are drawn by NumPy, wherever the weights are."""
+    monkeypatch.setattr(start_module, "_home", lambda vector: None)
 
 
 @pytest.fixture
@@ -85,11 +87,10 @@ def test_mirrored_pairs_and_moments_are_the_same_bits(n: int) -> None:
 
 def test_arithmetic_and_sums() -> None:
     rng = np.random.default_rng(0)
-    x, by, matrix = rng.normal(size=(4, 6)), rng.normal(size=6), rng.normal(size=(6, 2))
+    x, by = rng.normal(size=(4, 6)), rng.normal(size=6)
     rows = DeviceRows(torch.from_numpy(x.copy()).to(DEVICE))
     for found, expected in ((rows * by, x * by), (np.float64(3) * rows, 3 * x), (2.5 * rows, 2.5 * x)):
         np.testing.assert_array_equal(np.asarray(found), expected)
-    np.testing.assert_allclose(np.asarray(rows @ matrix), x @ matrix, rtol=1e-13)
     np.testing.assert_allclose(combined(by[:4], rows), by[:4] @ x, rtol=1e-13)
     np.testing.assert_allclose(squared_lengths(rows), (x * x).sum(1), rtol=1e-13)
     other = rows.copy()
@@ -100,6 +101,8 @@ def test_arithmetic_and_sums() -> None:
     np.testing.assert_array_equal(np.asarray(rows), x * x)
     with pytest.raises(TypeError):  # nothing is moved unasked
         np.exp(rows)
+    with pytest.raises(ValueError, match="copy=False"):
+        np.asarray(rows, copy=False)
 
 
 def test_extreme_words_give_the_same_bits() -> None:
@@ -140,21 +143,10 @@ def test_rows() -> None:
     np.testing.assert_array_equal(np.asarray(above), np.vstack([np.ones(3), np.zeros(3), expected]))
 
 
-def test_too_little_memory_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*size: Any, **options: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    n = 10_000
-    begun = Start(np.zeros(n), *(np.full(n, v) for v in (-np.inf, np.inf, 1e-16)), 0, device=DEVICE)
-    monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(MemoryLimit, match=r"10 points of 10000 weights: expected 800000 bytes on .*popsize"):
-        Room(begun).take(10, n)
-
-
 # -- whole runs ----------------------------------------------------------------------------------------------------
 
 
-def path(method: Any, budget: Any, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> Any:
+def path(method: Any, budget: Any, **options: Any) -> Any:
     """All losses and the best point."""
     weights = torch.zeros(N, dtype=options.pop("dtype", torch.float64), device=DEVICE)
     target = torch.linspace(-1, 1, N, dtype=weights.dtype, device=DEVICE)
@@ -180,7 +172,7 @@ def path(method: Any, budget: Any, monkeypatch: pytest.MonkeyPatch | None = None
     ids=["plain", "bounds", "scale", "float32", "threes"],
 )
 def test_a_run_takes_the_same_path(
-    method: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    method: Any, options: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     expected = path(method, 61, **options)
     request.getfixturevalue("there")
@@ -205,9 +197,12 @@ def test_a_run_takes_almost_the_same_path(
 
 
 @pytest.mark.usefixtures("there")
-def test_a_full_covariance_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("covariance", ["full", "limited"])
+def test_other_covariances_are_numpys(covariance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_large, "MANY", 30)
-    optimizer: Any = CMAES(popsize=4).start(hybridopt.ParameterVector(torch.zeros(40)), 0)
+    optimizer: Any = CMAES(popsize=4, covariance=covariance).start(
+        hybridopt.ParameterVector(torch.zeros(40)), 0
+    )
     assert isinstance(optimizer.ask().x, np.ndarray)
     assert isinstance(optimizer.strategy.z, np.ndarray)
 
@@ -237,7 +232,8 @@ def test_generations_are_on_the_device(method: Any) -> None:
     assert isinstance(few.ask().x, np.ndarray)
 
 
-def test_only_gpus_whose_coordinates_are_plain_are_a_home() -> None:
+def test_only_gpus_whose_coordinates_are_plain_are_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     cpu = hybridopt.ParameterVector(torch.zeros(3))
     assert start_module._home(cpu) is None
 
@@ -257,6 +253,54 @@ def _vector(tensors: list[Any], integer: Any = None, log: Any = None) -> Any:
     made: Any = Vector()
     made.tensors, made.integer, made.log = tensors, integer, log
     return made
+
+
+@pytest.mark.parametrize("method", METHODS + CMA, ids=str)
+@pytest.mark.parametrize("generation", [0, 3])
+def test_too_little_memory_on_the_device(
+    method: Any, generation: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host draws from then on."""
+
+    def run() -> Any:
+        weights = torch.zeros(N, dtype=torch.float64, device=DEVICE)
+        result = hybridopt.minimize(lambda w: ((w - 0.3) ** 2).mean(), weights, near, budget=60, seed=1)
+        return result.best_loss, result.x.tolist(), list(result.notes)
+
+    near = dataclasses.replace(method, sigma=1e-3)
+    *expected, notes = run()
+    request.getfixturevalue("there")
+    normal, drawn = _device.normal, []
+
+    def full(*given: Any) -> None:
+        drawn.append(given)
+        normal(*given)
+        if len(drawn) > generation:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_device, "normal", full)
+    *found, said = run()
+    assert len(drawn) == generation + 1
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-12 if method in CMA else 0)
+    assert said == [*notes, "generations are drawn on the CPU: the weights' device has too little memory"]
+
+
+@pytest.mark.usefixtures("there")
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = DeviceRows.copy
+
+    def small(self: DeviceRows) -> DeviceRows:
+        if len(self) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copy(self)
+
+    monkeypatch.setattr(DeviceRows, "copy", small)
+    weights = torch.zeros(N, dtype=torch.float64, device=DEVICE)
+    result = hybridopt.minimize(
+        lambda w: ((w - 0.3) ** 2).mean(), weights, SNES(popsize=9), budget=60, seed=1
+    )
+    assert result.evaluations == 60
+    assert any("halved" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
