@@ -11,7 +11,7 @@ import torch
 
 from hybridopt.accounts import Accounts
 from hybridopt.batch import Batch, Choice, out_of_memory
-from hybridopt.errors import NonFiniteLoss
+from hybridopt.errors import BoundsError, NonFiniteLoss
 from hybridopt.evaluation import Evaluation
 from hybridopt.feasibility import Feasibility
 from hybridopt.ledger import Ledger
@@ -172,7 +172,7 @@ class Generations:
             if out_of_memory(error):
                 batch.shrink(high - low, self._accounts.ledger.evaluations)
                 return False
-            if batch.demanded:
+            if batch.demanded or isinstance(error, BoundsError):
                 raise
             # if the row raises alone too, the error is the loss's own; otherwise the batch is at fault
             self._one(begun, done, probe, ledgers)
