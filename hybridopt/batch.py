@@ -132,8 +132,6 @@ class Batch:
         batched = (self._compiled or self._plain)["error" if random.policy == "independent" else "same"]
         own = x.copy()  # memory of its own: a loss may write into its weights
         flat = own.tensor if isinstance(own, DeviceRows) else torch.from_numpy(own)
-        if self._compiled is not None and len(devices := {t.device for t in evaluation.vector.tensors}) == 1:
-            flat = flat.to(devices.pop())  # one program, wherever the points were drawn
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eval mode knows no batches
         evaluation.guard.lend_buffers()
@@ -230,8 +228,8 @@ class Batch:
 
     def _compile(self) -> None:
         """Compile the forward from now on."""
-        on_gpu = any(t.is_cuda for t in self._evaluation.vector.tensors)
-        self._compiled = {noise: compiled(plain, on_gpu) for noise, plain in self._plain.items()}
+        devices = {t.device for t in self._evaluation.vector.tensors}
+        self._compiled = {noise: compiled(plain, devices) for noise, plain in self._plain.items()}
 
     def _settle(self, size: int) -> None:
         """Take batches from now on, where operations produce `size` bytes for one member."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -50,12 +50,17 @@ def program(loss: Loss, vector: ParameterVector, gradients: bool, noise: Noise) 
     return at_rows
 
 
-def compiled(at_rows: Program, on_gpu: bool) -> Program:
+def compiled(at_rows: Program, devices: Set[torch.device]) -> Program:
     """The same, compiled by `torch.compile` at its first call, for the number of rows that it has there.
 
     Random numbers are those of eager mode (`fallback_random`), so that a batch draws what a loop draws. Shapes stay
     constants (`dynamic=False`), also those of data that change: else the bits would depend on the sizes seen before.
     On a GPU the program is replayed as a CUDA graph.
+
+    Args:
+        at_rows: see `program`.
+        devices: of the weights. If there is one, points are sent there first: wherever they were drawn, it is the same
+            program.
     """
 
     def forward(flat: Tensor) -> Any:
@@ -67,11 +72,14 @@ def compiled(at_rows: Program, on_gpu: bool) -> Program:
 
     options: dict[str, Any] = {
         "fallback_random": True,
-        "triton.cudagraphs": on_gpu,
+        "triton.cudagraphs": any(device.type == "cuda" for device in devices),
         "post_grad_custom_pre_pass": ShortProducts(),
     }
     program: Program = torch.compile(own, fullgraph=True, dynamic=False, options=options)
-    return program
+    if len(devices) > 1:
+        return program
+    (home,) = devices
+    return lambda flat: program(flat.to(home))
 
 
 def _of_weights(loss: Loss, names: list[str] | tuple[str, ...]) -> Callable[..., Any]:
