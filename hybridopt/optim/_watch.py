@@ -165,10 +165,7 @@ def _place_of_keys() -> int:
     """Where in a `c10::TensorImpl` its dispatch keys stand, which tell views, layouts and kinds apart; 0 = unknown."""
     plain = torch.zeros(1)
     tensors = [plain, torch._neg_view(plain), plain.double().requires_grad_()]
-    for place in range(8, 192, 8):
-        if all(_number_at(_number_at(id(t) + 16) + place) == _keys(t) for t in tensors):
-            return place
-    return 0
+    return _place([_number_at(id(t) + 16) for t in tensors], [*map(_keys, tensors)], range(8, 192, 8))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 from scipy.linalg.blas import daxpy, dnrm2
@@ -210,11 +210,15 @@ class Search(Strategy):
         self.z = empty(self.device, self.popsize, len(self.mean))
         fill_normal(rng, self.z)
         self.y = self.shape.transform(self.z)  # eq. 39
-        u = self.sigma * (self.y if self.stretch is None else self.y * self.stretch)  # eq. 40
+        u = self.sigma * self._stretched(self.y)  # eq. 40
         u += self.mean
         return self.space.inside(u)
 
-    def _stretched(self, y: FloatArray) -> FloatArray:
+    @overload
+    def _stretched(self, y: FloatArray) -> FloatArray: ...
+    @overload
+    def _stretched(self, y: Rows) -> Rows: ...
+    def _stretched(self, y: Rows) -> Rows:
         return y if self.stretch is None else y * self.stretch
 
     def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
