@@ -135,15 +135,28 @@ def evotorch_snes(d: int, popsize: int, dtype: torch.dtype) -> Generations:
 
 
 def stepped(
-    name: str, loss: Callable[[torch.Tensor], torch.Tensor], d: int, popsize: int, dtype: torch.dtype
+    name: str,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    d: int,
+    popsize: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> Generations:
     """EvoTorch's method of that name on `d` weights."""
     from evotorch import Problem, algorithms
     from evotorch.decorators import vectorized
 
     logging.disable(logging.INFO)
-    problem = Problem("min", vectorized(loss), solution_length=d, initial_bounds=(-1, 1), dtype=dtype, seed=1)
-    start = torch.ones(d, dtype=dtype)
+    problem = Problem(
+        "min",
+        vectorized(loss),
+        solution_length=d,
+        initial_bounds=(-1, 1),
+        dtype=dtype,
+        seed=1,
+        device=device,
+    )
+    start = torch.ones(d, dtype=dtype, device=device)
     es = getattr(algorithms, name)(problem, stdev_init=0.5, popsize=popsize, center_init=start)
 
     def generations(count: int) -> float:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from _measure import interleaved, ratio, record, summary
+from cmaes_speed import stepped
 from torch import Tensor
 
 import hybridopt
@@ -47,22 +48,14 @@ def ours(method: Any, n: int, device: str, drawn: str | None, per: int) -> Calla
 
 
 def evotorch(n: int, device: str, popsize: int, per: int) -> Callable[[], None]:
-    from evotorch import Problem, algorithms
-    from evotorch.decorators import vectorized
-
-    problem = Problem(
-        "min",
-        vectorized(lambda x: ((x - 1) ** 2).mean(1)),
-        solution_length=n,
-        initial_bounds=(-1, 1),
-        device=device,
+    generations = stepped(
+        "SNES", lambda x: ((x - 1) ** 2).mean(1), n, popsize, dtype=torch.float32, device=device
     )
-    searcher = algorithms.SNES(problem, stdev_init=0.5, popsize=popsize)
 
     def steps() -> None:
-        for _ in range(per):
-            searcher.step()
-        float(searcher.status["pop_best_eval"])  # wait for the device
+        generations(per)
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     return steps
 
