@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import solve_triangular
-from scipy.linalg.blas import daxpy, dscal, dsyr, dsyrk, dtrmm
+from scipy.linalg.blas import daxpy, dgemm, dscal, dsyr, dsyrk, dtrmm
 from scipy.linalg.lapack import dpotrf, dsyevd
 
 from hybridopt.population._base import FloatArray, Plain
@@ -21,6 +21,7 @@ from hybridopt.rows import Rows, combined, square, squared_lengths
 IntArray: TypeAlias = npt.NDArray[np.intp]
 
 FULL, SEPARABLE, LIMITED = "full", "separable", "limited"
+SMALL = 24  # rows of C; below, one product of whole matrices takes less time than what it saves by halves
 HISTORY = 20_000  # generations whose losses are kept
 
 
@@ -162,10 +163,15 @@ def _shrinkage(k: Constants, h_sigma: bool) -> float:
 
 
 def _shares(k: Constants, steps: Steps) -> FloatArray:
-    """c_mu w_i°, what each y yᵀ counts in C, by rank (eq. 46). ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used."""
-    squares = squared_lengths(steps.z).take(steps.order)
-    squares[: k.mu] = 1.0
-    shares: FloatArray = k.shares / squares
+    """c_mu w_i°, what each y yᵀ counts in C, shape (popsize,) (eq. 46).
+
+    ‖C^-1/2 y‖ = ‖z‖ whatever root of C is used.
+    """
+    squares = squared_lengths(steps.z)
+    squares[steps.order[: k.mu]] = 1.0
+    shares = np.empty(len(squares))
+    shares[steps.order] = k.shares
+    shares /= squares
     return shares
 
 
@@ -201,14 +207,17 @@ class Full(Covariance):
     def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: n² popsize operations in place."""
         follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, steps.y_w)  # eq. 45
-        y = np.asarray(steps.y).take(steps.order, 0)
-        y *= np.sqrt(np.abs(_shares(k, steps)))[:, None]
+        y, shares, shrinkage = np.asarray(steps.y), _shares(k, steps), _shrinkage(k, h_sigma)
         # eq. 47; the transposes are what Fortran calls a matrix and its lower triangle
-        C = dsyrk(1.0, y[: k.mu].T, _shrinkage(k, h_sigma), self.C.T, 0, 1, 1)
-        C = dsyr(k.c_1, self.p_c, 1, 1, 0, len(C), C, 1)
-        if k.active:
-            C = dsyrk(-1.0, y[k.mu :].T, 1.0, C, 0, 1, 1)
-        self.C = C.T
+        if len(self.C) < SMALL:
+            C = dgemm(1.0, y.T, (y * shares[:, None]).T, shrinkage, self.C.T, 0, 1, 1)
+        else:
+            y, shares = y.take(steps.order, 0), shares.take(steps.order)
+            y *= np.sqrt(np.abs(shares))[:, None]
+            C = dsyrk(1.0, y[: k.mu].T, shrinkage, self.C.T, 0, 1, 1)
+            if k.active:
+                C = dsyrk(-1.0, y[k.mu :].T, 1.0, C, 0, 1, 1)
+        self.C = dsyr(k.c_1, self.p_c, 1, 1, 0, len(C), C, 1).T
         self.age += 1
 
     def refresh(self, k: Constants) -> None:
@@ -271,10 +280,8 @@ class Separable(Covariance):
     def adapt(self, k: Constants, steps: Steps, h_sigma: bool) -> None:
         """See `Covariance.adapt`: the diagonal of eq. 47."""
         follow(self.p_c, k.c_c, k.gain_c if h_sigma else 0.0, steps.y_w)
-        shares = np.empty(len(steps.order))
-        shares[steps.order] = _shares(k, steps)
         square(steps.y)
-        change = combined(shares, steps.y)
+        change = combined(_shares(k, steps), steps.y)
         self.variances = _shrinkage(k, h_sigma) * self.variances + k.c_1 * self.p_c**2 + change
 
     def deviations(self) -> FloatArray:

@@ -22,7 +22,7 @@ from hybridopt.ledger import Reason
 from hybridopt.optimizer import Answer, Step
 from hybridopt.population._base import PopulationRun
 from hybridopt.population._boundary import Space
-from hybridopt.population._covariance import Full, Limited, Separable
+from hybridopt.population._covariance import SMALL, Full, Limited, Separable
 from hybridopt.population._large import fill_normal
 from hybridopt.population.cmaes import CMAES, Search
 from hybridopt.start import Start
@@ -202,7 +202,7 @@ class Tutorial:
 
 
 @pytest.mark.parametrize("covariance, n, popsize", [
-    ("full", 4, 9), ("full", 12, 4), ("separable", 4, 9), ("separable", 12, 6), ("full", 1, 4),
+    ("full", 4, 9), ("full", 12, 4), ("full", SMALL, 13), ("separable", 4, 9), ("separable", 12, 6), ("full", 1, 4),
 ])  # fmt: skip
 def test_the_tutorials_equations(covariance: Any, n: int, popsize: int) -> None:
     run = begin(CMAES(sigma=0.3, popsize=popsize, covariance=covariance, **ENDLESS), np.linspace(-1, 1, n))
