@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hybridopt.engines._noise import GOLDEN
 from hybridopt.errors import MethodError
 from hybridopt.optim._extras import HALVES, Extras, StepOptions
 from hybridopt.optim._guard import guarded_step
 from hybridopt.optim._implementation import Chosen
-from hybridopt.optim._shards import Spread, sharded
+from hybridopt.optim._shards import Spread, shards_known
 from hybridopt.optim._wide import cast_states, keep_precision, wide_step
 
 
@@ -26,8 +25,8 @@ class Extended(Chosen):
     _extras = Extras()
     _guarded = False  # gradients are read before the step
     _skipped: int | Tensor = 0
-    _spread: Spread = []  # noqa: RUF012 - replaced as a whole; of the shards that are stepped for DTensors
-    _shard_numbers: Mapping[Tensor, int] = MappingProxyType({})
+    _spread: Spread = []  # noqa: RUF012 - replaced as a whole; of DTensors, while they are stepped
+    _stream_numbers: Mapping[Tensor, int] = MappingProxyType({})  # where it is not the position
     _stand_for: Mapping[Tensor, Tensor] = MappingProxyType({})  # copy in a group now: weight
     _flattens: ClassVar[bool] = False
 
@@ -53,10 +52,10 @@ class Extended(Chosen):
         return int(self._skipped)
 
     def _streams(self, index: int) -> list[int]:
-        """What makes the noise of each weight of a group its own: its number in the optimizer, and its shard's."""
+        """What makes the noise of each weight of a group its own: its position in the optimizer, and its shard's."""
         first = sum(len(group["params"]) for group in self.param_groups[:index])
         params = self.param_groups[index]["params"]
-        return [number + GOLDEN * self._shard_numbers.get(p, 0) for number, p in enumerate(params, first)]
+        return [self._stream_numbers.get(p, position) for position, p in enumerate(params, first)]
 
     def _configure(
         self, options: StepOptions, foreach: bool | None = None, fused: bool | None = None
@@ -75,10 +74,11 @@ class Extended(Chosen):
 
     def _guarded_step(self) -> None:
         """The step in Python, with what was asked for around it."""
-        if self._guarded:
-            guarded_step(self, None)
-        else:
-            self._elsewhere(None)
+        with shards_known(self):
+            if self._guarded:
+                guarded_step(self, None)
+            else:
+                self._elsewhere(None)
 
     def _elsewhere(self, factor: float | None) -> None:
         """The step in Python on gradients times `factor`, on wider copies where numbers are stored in 16 bits."""
@@ -118,27 +118,3 @@ class Extended(Chosen):
             "_guarded": self._guarded,
             "_skipped": self.skipped_steps,
         }
-
-
-class Whole(Extended):
-    """An `Extended` whose step looks at whole tensors: there is no twin of it for the shards of a DTensor."""
-
-    def _guarded_step(self) -> None:
-        if self._sharded():
-            self._sharded_step()
-        else:
-            super()._guarded_step()
-
-    def _sharded_step(self) -> None:
-        """The step of DTensors."""
-        self._torch_step()
-
-    def _sharded(self) -> bool:
-        """Whether weights are DTensors."""
-        found = sharded(self)
-        if found and self._extras != Extras():
-            raise MethodError(
-                f"{type(self).__name__}: {', '.join(self._extras.given())} cannot be had for DTensors, because the "
-                "step needs whole tensors; leave it out"
-            )
-        return found

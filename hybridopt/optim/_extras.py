@@ -18,8 +18,7 @@ _FLOATS = (torch.float32, torch.float64, *HALVES)
 class StepOptions(TypedDict, total=False):
     """Keyword options of every optimizer here, beside its own; never part of a state dict.
 
-    `LBFGS` takes `implementation` alone; `flatten` is for elementwise steps (not Adafactor, LAMB, Muon, SparseAdam);
-    those four take the others for whole tensors, not for DTensors.
+    `LBFGS` takes `implementation` alone; `flatten` is for elementwise steps (not Adafactor, LAMB, Muon, SparseAdam).
 
     16-bit weights are always computed in float32. All of this runs inside the fused loop; where that cannot be used,
     torch's own code runs on float32 copies (slower, same results up to rounding).

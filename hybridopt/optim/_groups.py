@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from hybridopt.optim._extended import Whole
+from hybridopt.optim._extended import Extended
 
 BATCHED = "batched by shape"
 _is_compiling = torch.compiler.is_compiling
 
 
-class GroupStep(Whole):
+class GroupStep(Extended):
     """torch's step, but each parameter group is given to `_step_group`."""
 
     def _step_group(self, group: dict[str, Any]) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from hybridopt.engines._noise import GOLDEN
 from hybridopt.optim._plan import counter_names
 
 Spread: TypeAlias = list[tuple[tuple[Any, ...], list[Tensor]]]
-"""Groups of processes over whose gradients squares are to be added, and the shards that are here."""
+"""Groups of processes over whose gradients squares are to be added, and the weights whose shards are here."""
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -46,14 +48,15 @@ class Shards:
         self.inner._plans = None
         self.inner._shards = None
         self.weights = [p for group in optimizer.param_groups for p in group["params"]]
-        local = [torch.nn.Parameter(_local(p).detach(), requires_grad=False) for p in self.weights]
-        self.locals = dict(zip(self.weights, local, strict=True))
+        shards = [torch.nn.Parameter(local(p).detach(), requires_grad=False) for p in self.weights]
+        for p, shard in zip(self.weights, shards, strict=True):
+            shard.grad_dtype = p.grad_dtype
+        self.locals = dict(zip(self.weights, shards, strict=True))
         self.inner.param_groups = [
             {**group, "params": [self.locals[p] for p in group["params"]]} for group in optimizer.param_groups
         ]
-        # equal places of different shards must not share their noise; replicas must
-        self.inner._shard_numbers = {self.locals[p]: _shard_number(p) for p in self.weights}
-        self.inner._spread = _spread(self.locals)
+        self.inner._stream_numbers = dict(zip(shards, _stream_numbers(self.weights), strict=True))
+        self.inner._spread = _spread(self.weights, shards)
         self.inner.state = defaultdict(dict)
         self.seen: dict[tuple[int, str], Tensor] = {}
 
@@ -65,7 +68,7 @@ class Shards:
             for groups in (optimizer.param_groups, self.inner.param_groups)
         )
         return sizes == known and all(
-            p is q and _local(p).data_ptr() == self.locals[p].data_ptr()
+            p is q and local(p).data_ptr() == self.locals[p].data_ptr()
             for p, q in zip(weights, self.weights, strict=True)
         )
 
@@ -82,16 +85,14 @@ class Shards:
             if name in optimizer.__dict__:
                 inner.__dict__[name] = optimizer.__dict__[name]
         for i, p in enumerate(self.weights):
-            mine, grad = self.locals[p], p.grad
-            if grad is not None and _is_sharded(grad) and grad.placements != p.placements:
-                grad = grad.redistribute(placements=p.placements)
-            mine.grad = None if grad is None else _local(grad)
+            mine = self.locals[p]
+            mine.grad = None if p.grad is None else _gradient(p)
             given = optimizer.state.get(p, {})
             for name in inner.state.get(mine, {}).keys() - given.keys():
                 del inner.state[mine][name]
             for name, value in given.items():
                 if self.seen.get((i, name)) is not value:
-                    inner.state[mine][name] = _local(value) if isinstance(value, Tensor) else value
+                    inner.state[mine][name] = local(value) if isinstance(value, Tensor) else value
         try:
             inner._update()
         finally:
@@ -101,32 +102,50 @@ class Shards:
         for i, p in enumerate(self.weights):
             for name, value in inner.state.get(self.locals[p], {}).items():
                 known = self.seen.get((i, name))
-                if known is None or _local(known) is not value or optimizer.state[p].get(name) is not known:
-                    wrapped = value if name in counters else _like(value, p)
+                if known is None or local(known) is not value or optimizer.state[p].get(name) is not known:
+                    wrapped = value if name in counters else like(value, p)
                     self.seen[i, name] = optimizer.state[p][name] = wrapped
+
+
+@contextlib.contextmanager
+def shards_known(optimizer: Extended) -> Iterator[None]:
+    """While an optimizer without a twin steps: where its DTensors are, for norms and noise."""
+    if not sharded(optimizer):
+        yield
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer._spread = _spread(weights, weights)
+    optimizer._stream_numbers = dict(zip(weights, _stream_numbers(weights), strict=True))
+    try:
+        yield
+    finally:
+        del optimizer._spread, optimizer._stream_numbers
 
 
 @torch.no_grad()
 def whole_step(optimizer: Extended, step: Callable[[], None]) -> None:
     """`step` for one weight after the other, gathered from its shards; its states are whole on every process."""
     groups, state = optimizer.param_groups, optimizer.state
-    lists = [group["params"] for group in groups]
+    lists, numbers = [group["params"] for group in groups], optimizer._stream_numbers
+    position = -1
     try:
         for group in groups:
             group["params"] = []
         for group, params in zip(groups, lists, strict=True):
             for p in params:
+                position += 1
                 if p.grad is None:
                     continue
                 whole = torch.nn.Parameter(_whole(p.detach()), requires_grad=False)
                 whole.grad_dtype, whole.grad = None, _whole(p.grad)
                 optimizer.state = defaultdict(dict, {whole: state[p]})
+                optimizer._stream_numbers = {whole: position}
                 group["params"] = [whole]
                 step()
                 p.copy_(_part(whole.detach(), p))
             group["params"] = []
     finally:
-        optimizer.state = state
+        optimizer.state, optimizer._stream_numbers = state, numbers
         for group, params in zip(groups, lists, strict=True):
             group["params"] = params
 
@@ -146,12 +165,17 @@ def _part(whole: Tensor, p: Any) -> Tensor:
     return everywhere.redistribute(placements=p.placements)
 
 
-def _spread(locals_: Mapping[Any, Tensor]) -> Spread:
-    """Shards by the groups of processes that hold the others of their weight; replicas count once."""
+def _processes(p: Any) -> tuple[Any, ...]:
+    """Groups of processes that hold the other shards of a weight; replicas are not others."""
+    dims = [d for d, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
+    return tuple(p.device_mesh.get_group(d) for d in dims)
+
+
+def _spread(weights: Iterable[Any], holders: Iterable[Tensor]) -> Spread:
+    """What holds the gradients of weights, by `_processes`."""
     found: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for p, local in locals_.items():
-        dims = [d for d, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
-        found[tuple(p.device_mesh.get_group(d) for d in dims)].append(local)
+    for p, holder in zip(weights, holders, strict=True):
+        found[_processes(p)].append(holder)
     return list(found.items())
 
 
@@ -164,7 +188,9 @@ def square_sum(spread: Spread) -> Tensor:
     total: Tensor | None = None
     for groups, weights in spread:
         norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.complex128 if p.is_complex() else torch.float64)
+            torch.linalg.vector_norm(
+                _gradient(p), dtype=torch.complex128 if p.is_complex() else torch.float64
+            )
             for p in weights
             if p.grad is not None
         ]
@@ -181,14 +207,41 @@ def square_sum(spread: Spread) -> Tensor:
     return total
 
 
+def whole_norms(norms: Tensor, weights: Sequence[Any]) -> Tensor:
+    """Norms of whole weights, shape (..., k), from those of their k shards that are here."""
+    found: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, p in enumerate(weights):
+        if groups := _processes(p):
+            found[groups].append(i)
+    for groups, members in found.items():
+        squares = norms[..., members].square()
+        for group in groups:
+            torch.distributed.all_reduce(squares, group=group)
+        norms[..., members] = squares.sqrt()
+    return norms
+
+
 def _is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def _local(tensor: Any) -> Tensor:
+def _gradient(p: Any) -> Tensor:
+    """A weight's gradient, as far as its shard is here."""
+    grad = p.grad
+    if _is_sharded(grad) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return local(grad)
+
+
+def local(tensor: Any) -> Tensor:
     """The shard itself (the attribute: `to_local` makes a new tensor each time)."""
     found: Tensor = tensor._local_tensor if _is_sharded(tensor) else tensor
     return found
+
+
+def _stream_numbers(weights: Iterable[Any]) -> list[int]:
+    """What makes the noise of each weight its own: equal places of different shards share none, replicas do."""
+    return [position + GOLDEN * _shard_number(p) for position, p in enumerate(weights)]
 
 
 def _shard_number(p: Any) -> int:
@@ -203,9 +256,9 @@ def _shard_number(p: Any) -> int:
     return number
 
 
-def _like(value: Any, p: Any) -> Any:
+def like(value: Any, p: Any) -> Any:
     """A state of a shard as a DTensor laid out like its weight."""
-    if not _is_sharded(p) or not isinstance(value, Tensor) or value.shape != _local(p).shape:
+    if not _is_sharded(p) or not isinstance(value, Tensor) or value.shape != local(p).shape:
         return value
     from torch.distributed.tensor import DTensor
 

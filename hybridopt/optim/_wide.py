@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridopt.engines import _noise
 from hybridopt.optim._extras import HALVES, Extras
+from hybridopt.optim._shards import like, local
 
 if TYPE_CHECKING:
     from hybridopt.optim._extended import Extended
@@ -80,23 +81,24 @@ class _Lent:
 
     def give_back(self, states: dict[str, Any]) -> None:
         """Store the weight, and the states that the step has left."""
-        p, wide = self.p, self.wide.detach()
+        p, wide = self.p, local(self.wide.detach())
         if self.extras.stochastic_rounding and not self.optimizer._counts():
             states["step"] = states.get("step", torch.tensor(0.0, device=p.device)) + 1
         if p.dtype is not self.dtype:
-            p.copy_(stored := narrowed(wide, p.dtype, self._stream(0, states)))
+            local(p).copy_(stored := narrowed(wide, p.dtype, self._stream(0, states)))
             if self.kahan:
-                states["kahan_comp"] = lost(wide, stored)
+                states["kahan_comp"] = like(lost(wide, stored), p)
         for name, tensor in states.items():
             if self._elementwise(name, tensor):
                 column = self.active.index(name) + 1 if name in self.active else 0
                 before = self.before.get(name)
                 dtype = self.extras.state_dtype or (p.dtype if before is None else before.dtype)
-                value = narrowed(tensor, dtype, self._stream(column, states))
+                value = narrowed(local(tensor), dtype, self._stream(column, states))
                 if before is not None and before.dtype is dtype:  # the state keeps its memory
-                    before.copy_(value)
-                    value = before
-                states[name] = value
+                    local(before).copy_(value)
+                    states[name] = before
+                else:
+                    states[name] = like(value, p)
         if states:
             self.optimizer.state[p].update(states)
 

@@ -44,7 +44,8 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
             see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
     Notes:
-        Weights that are DTensors are gathered one at a time (torch cannot step them).
+        Weights that are DTensors are gathered one at a time (torch cannot step them); their states are whole on every
+        process.
         Memory beyond the state: a few copies of 131 thousand weights; of a whole weight that is not a matrix, if larger
         (torch: of every weight). Results are torch's up to the rounding of sums and products.
 
@@ -86,9 +87,13 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return "row_var", "col_var", "variance"
 
-    def _sharded_step(self) -> None:
-        whole_step(self, functools.partial(self._elsewhere, None))
-        self._say("weights gathered one by one")
+    def _elsewhere(self, factor: float | None) -> None:
+        step = functools.partial(super()._elsewhere, factor)
+        if self._spread:
+            whole_step(self, step)
+            self._say("weights gathered one by one")
+        else:
+            step()
 
     def _step_group(self, group: dict[str, Any]) -> str:
         self._accelerator_graph_capture_health_check()

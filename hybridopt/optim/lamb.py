@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._extended import Whole
+from hybridopt.optim._extended import Extended
 from hybridopt.optim._extras import HALVES, StepOptions
+from hybridopt.optim._shards import like, local, shards_known, whole_norms
 from hybridopt.optim._wide import lost, narrowed, stream
 from hybridopt.optim.own import RuleOptimizer
 from hybridopt.rules.lamb import RULE
@@ -22,7 +23,7 @@ _SHARED = ("betas", "eps", "weight_decay", "maximize")
 _BLOCK = 1 << 15  # elements summed in one go; see `_in_blocks`
 
 
-class LAMB(Whole):
+class LAMB(Extended):
     """Adam whose step in each tensor is as long as the learning rate times the tensor's own norm; for huge batches.
 
     You et al. 2020 (arXiv 1904.00962), algorithm 2: x <- x - lr * |x| / |u| * u with u = r + weight_decay * x, and r
@@ -106,8 +107,8 @@ class LAMB(Whole):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._sharded()
-        self._torch_step()
+        with shards_known(self):
+            self._torch_step()
         return loss
 
     @torch.no_grad()
@@ -134,18 +135,19 @@ class LAMB(Whole):
         moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         if not moved:
             return
-        params: list[Tensor] = [group["params"][i] for i in moved]
+        weights: list[Tensor] = [group["params"][i] for i in moved]
+        params = [local(p) for p in weights]
         wide = [p.float() if p.dtype in HALVES else p for p in params]
-        for p, w in zip(params, wide, strict=True):
-            if "kahan_comp" in self.state[p] and self._extras.kahan_for(p.dtype):
-                w.add_(self.state[p]["kahan_comp"])
-        _move(wide, [directions[i] for i in moved], float(group["lr"]))
-        for i, p, w in zip(moved, params, wide, strict=True):
+        for weight, w in zip(weights, wide, strict=True):
+            if "kahan_comp" in self.state[weight] and self._extras.kahan_for(weight.dtype):
+                w.add_(local(self.state[weight]["kahan_comp"]))
+        _move(wide, [local(directions[i]) for i in moved], weights, float(group["lr"]))
+        for i, weight, p, w in zip(moved, weights, params, wide, strict=True):
             if w is not p:
-                state = self.state[p]
+                state = self.state[weight]
                 p.copy_(narrowed(w, p.dtype, stream(self._extras, p.dtype, state, numbers[i], 0)))
                 if self._extras.kahan_for(p.dtype):
-                    state["kahan_comp"] = lost(w, p)
+                    state["kahan_comp"] = like(lost(w, p), weight)
 
     def _ready(self) -> _Directions:
         """The directions' optimizer, its options, gradients and states being ours of now."""
@@ -218,13 +220,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
-def _move(params: list[Tensor], directions: list[Tensor], lr: float) -> None:
-    """Set x to x - lr * |x| / |u| * u."""
+def _move(params: list[Tensor], directions: list[Tensor], weights: list[Tensor], lr: float) -> None:
+    """Set x to x - lr * |x| / |u| * u, of shards with the norms of their weights."""
     device = params[0].device
-    lengths = torch.stack([n.to(device) for n in _norms(params)])
-    steps = torch.stack([n.to(device) for n in _norms(directions)])
-    ratios = torch.where((lengths > 0) & (steps > 0), lengths / steps, 1.0).unbind()
-    torch._foreach_addcmul_(params, directions, ratios, value=-lr)
+    norms = torch.stack([n.to(device) for n in _norms([*params, *directions])]).view(2, -1)
+    lengths, steps = whole_norms(norms, weights)
+    ratios = torch.where((lengths > 0) & (steps > 0), lengths / steps, 1.0)
+    beside = [ratio.to(p.device) for ratio, p in zip(ratios.unbind(), params, strict=True)]
+    torch._foreach_addcmul_(params, directions, beside, value=-lr)
 
 
 def _norms(tensors: list[Tensor]) -> Any:

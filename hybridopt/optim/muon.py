@@ -53,6 +53,7 @@ class Muon(GroupStep, torch.optim.Muon):
             see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
     Notes:
+        Weights that are DTensors are stepped by torch's for-loop, which sends what its products need.
         Memory beyond the state: some six copies of the weights of one shape, or of 4 million of them at a time.
         16-bit weights are stepped as float32 (torch: in their own dtype, and without Nesterov momentum torch normalises
         the momentum of bfloat16 weights in place).

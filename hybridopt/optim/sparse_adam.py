@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hybridopt.optim._extended import Whole
+from hybridopt.optim._extended import Extended
 from hybridopt.optim._extras import HALVES, Extras, StepOptions
 from hybridopt.optim._wide import lost, narrowed, stream
 
 
-class SparseAdam(Whole, torch.optim.SparseAdam):
+class SparseAdam(Extended, torch.optim.SparseAdam):
     """`torch.optim.SparseAdam`, its rows gathered, updated and put back at once: same arguments, same results.
 
     For dense weights with sparse gradients (`Embedding(sparse=True)`); rows without a gradient keep weight and

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from hybridopt.errors import MethodError, NonFiniteLoss
+from hybridopt.errors import NonFiniteLoss
 from tests.optim.test_precision import NAMES, make
 
 USED = "fused (llvm), on local shards"
@@ -225,19 +225,57 @@ def test_adafactor(mesh: DeviceMesh, dtype: torch.dtype) -> None:
         assert all(torch.equal(mine.state[p][key], value) for key, value in plain.state[q].items())
 
 
-@pytest.mark.parametrize("name", ["Adafactor", "LAMB", "Muon", "SparseAdam"])
-def test_steps_of_whole_tensors_refuse_options(mesh: DeviceMesh, name: str) -> None:
+@pytest.mark.parametrize("options", [
+    {}, {"state_dtype": torch.float32}, {"kahan_sum": True}, {"stochastic_rounding": True, "seed": 3},
+    {"max_grad_norm": 0.5, "nonfinite": "skip"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Adafactor", "LAMB", "Muon"])
+def test_steps_of_whole_tensors(
+    mesh: DeviceMesh, name: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """To the bit as plain tensors, whatever is asked for; the states, too."""
+    shapes = ((5, 4), (2, 3), (3, 2))
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    params, references = spread(mesh, first[:2]), [Parameter(v.clone()) for v in first]
+    params.append(Parameter(first[2]))
+    options = {**options, "implementation": "reference"}
+    mine, plain = make(name, params, **options), make(name, references, **options)
+    for step in range(4):
+        give(params, step)
+        give(references, step)
+        if step == 1:
+            params[1].grad = references[1].grad = None
+        if step == 2 and "nonfinite" in options:
+            for p in (params[0], references[0]):
+                p.grad[1, 2] = math.nan
+        mine.step()
+        plain.step()
+    assert mine.skipped_steps == plain.skipped_steps == ("nonfinite" in options)
+    for p, q in zip(params, references, strict=True):
+        assert torch.equal(whole(p.detach()), q.detach())
+        assert set(mine.state[p]) == set(plain.state[q])
+        for key, value in plain.state[q].items():
+            told = mine.state[p][key]
+            assert told.dtype == value.dtype, key
+            assert torch.equal(whole(told), value), key
+            if name != "Adafactor":
+                assert isinstance(told, DTensor) == (isinstance(p, DTensor) and value.shape == q.shape)
+
+
+def test_sparse_gradients_there_are_none(mesh: DeviceMesh) -> None:
     params = spread(mesh, values(torch.float32)[:1])
-    optimizer = make(name, params, max_grad_norm=1.0, kahan_sum=True)
+    optimizer = make("SparseAdam", params, max_grad_norm=1.0)
     give(params, 0)
-    with pytest.raises(MethodError, match=f"{name}: kahan_sum, max_grad_norm cannot be had for DTensors"):
+    with pytest.raises(RuntimeError, match="does not support dense gradients"):
         optimizer.step()
 
 
 TWO = """
 import os, sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 import hybridopt.optim
 rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
@@ -261,6 +299,42 @@ for name in ("AdamW", "Rprop", "Adagrad", "Adafactor"):
         for key, value in plain.state[q].items():
             told = mine.state[p][key]
             assert torch.equal(told.full_tensor() if hasattr(told, "to_local") else told, value), (name, key)
+def whole(t):
+    return t.full_tensor() if hasattr(t, "to_local") else t
+sixteen = {"state_dtype": torch.float32}
+for name, options in [
+    *((name, {"max_grad_norm": 0.5, "nonfinite": "skip"}) for name in ("Adafactor", "LAMB", "Muon")),
+    *((name, {"kahan_sum": True, **sixteen}) for name in ("Adafactor", "LAMB", "Muon")),
+    ("Adafactor", {"stochastic_rounding": True, "seed": 3}),
+]:
+    dtype = torch.float32 if "nonfinite" in options else torch.bfloat16
+    params = [Parameter(distribute_tensor(torch.full((5, 4), k + 1.0).to(dtype), mesh, [Shard(k)])) for k in (0, 1)]
+    references = [Parameter(torch.full((5, 4), k + 1.0).to(dtype)) for k in (0, 1)]
+    mine, plain = (getattr(hybridopt.optim, name)(ps, lr=0.01, **options) for ps in (params, references))
+    for step, given in enumerate(gradients):
+        for k, (p, q) in enumerate(zip(params, references)):
+            g = (given[0] * (k + 1)).to(dtype)
+            if step == 2 and k == 1 and "nonfinite" in options:
+                g[4, 3] = float("nan")  # in the second shard
+            p.grad, q.grad = distribute_tensor(g, mesh, [Shard(k)]), g
+            if step == 3:  # not yet summed
+                p.grad = DTensor.from_local(g / 2, mesh, [Partial()])
+        mine.step()
+        plain.step()
+    assert mine.skipped_steps == plain.skipped_steps == ("nonfinite" in options), name
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    if name == "Muon":
+        near = {"rtol": 1e-2, "atol": 1e-3}  # torch iterates in bfloat16, and sums shard by shard
+    elif name == "Adafactor" and "nonfinite" not in options:
+        near = {"rtol": 0, "atol": 0}
+    for p, q in zip(params, references):
+        lost = mine.state[p].get("kahan_comp"), plain.state[q].get("kahan_comp")
+        assert (lost[0] is None) == (lost[1] is None) == ("kahan_sum" not in options), name
+        a, b = whole(p).double(), q.double()
+        if lost[0] is not None:
+            assert any(map(torch.Tensor.any, map(whole, lost))), name
+            a, b = a + whole(lost[0]).double(), b + lost[1].double()
+        torch.testing.assert_close(a, b, msg=lambda text: name + str(options) + text, **near)
 hybrid = init_device_mesh("cpu", (2, 1))  # replicas on both, each of one shard
 def spread(tensors):
     first, second, third = tensors
@@ -294,21 +368,23 @@ for name in ("SGD", "AdamW"):
         for p, q in zip(params, references):
             torch.testing.assert_close(p.full_tensor() if p is not own else p, q, rtol=1e-6, atol=1e-6)
 noisy = torch.full((4096,), 1.0).bfloat16()
-params = [Parameter(distribute_tensor(noisy.clone(), mesh, [kind])) for kind in (Shard(0), Replicate())]
-plain = Parameter(noisy.clone())
-mine = hybridopt.optim.SGD([*params, plain], lr=1.0, stochastic_rounding=True, implementation=sys.argv[3])
-for _ in range(2):
-    for p in params:
-        p.grad = distribute_tensor(torch.full((4096,), 1e-3).bfloat16(), mesh, p.placements)
-    plain.grad = torch.full((4096,), 1e-3).bfloat16()
-    mine.step()
-a, b = params[0].full_tensor().chunk(2)
-assert 0.3 < (a == b).float().mean() < 0.6, "shards have their own noise"
-for replica in (params[1].to_local().detach(), plain.detach()):
-    copies = [torch.empty_like(replica) for _ in range(2)]
-    dist.all_gather(copies, replica)
-    assert torch.equal(*copies), "replicas share it"
-    assert replica.unique().numel() > 1
+for name, lr in (("SGD", 1.0), ("LAMB", 1e-3)):
+    params = [Parameter(distribute_tensor(noisy.clone(), mesh, [kind])) for kind in (Shard(0), Replicate())]
+    plain = Parameter(noisy.clone())
+    options = {"stochastic_rounding": True, "implementation": sys.argv[3]}
+    mine = getattr(hybridopt.optim, name)([*params, plain], lr=lr, **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = distribute_tensor(torch.full((4096,), 1e-3).bfloat16(), mesh, p.placements)
+        plain.grad = torch.full((4096,), 1e-3).bfloat16()
+        mine.step()
+    a, b = params[0].full_tensor().chunk(2)
+    assert 0.3 < (a == b).float().mean() < 0.6, f"{name}: shards have their own noise"
+    for replica in (params[1].to_local().detach(), plain.detach()):
+        copies = [torch.empty_like(replica) for _ in range(2)]
+        dist.all_gather(copies, replica)
+        assert torch.equal(*copies), "replicas share it"
+        assert replica.unique().numel() > 1
 dist.barrier()
 print("same", flush=True)
 os._exit(0)  # gloo's threads may still run when the interpreter takes them down, which aborts the process
