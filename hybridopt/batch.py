@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to see every operation
 from torch.utils._pytree import tree_leaves
 
+from hybridopt import filters
 from hybridopt.errors import ObjectiveError, StateError
 from hybridopt.evaluation import Evaluation
 from hybridopt.forms import Form
@@ -182,7 +182,11 @@ class Batch:
             self.leave('noise="independent": every member draws numbers of its own')
             return 0
         produced, kept = _Produced(), _Kept()
-        hidden = _no_hidden_loops() if self.choice == "auto" else contextlib.nullcontext()
+        hidden: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.choice == "auto":
+            # an operation over whose members torch would loop (and warn of it): where that is attention, which does
+            # most of the work, a batch is slower than the loop
+            hidden = filters.changed("error", "There is a performance drop", UserWarning)
         try:
             with evaluation.undone_on_error(), _unreadable(evaluation.vector), hidden, produced, kept:
                 told, slopes = self.evaluate(x, fresh=False)
@@ -349,17 +353,6 @@ def _unreadable(vector: ParameterVector) -> Iterator[None]:
         yield
     finally:
         vector.restore(found)
-
-
-@contextlib.contextmanager
-def _no_hidden_loops() -> Iterator[None]:
-    """An operation over whose members torch would loop (and warn of it) is an error.
-
-    Where that is attention, which does most of the work, a batch is slower than the loop.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "There is a performance drop", UserWarning)
-        yield
 
 
 def _close(a: FloatArray, b: FloatArray, near: float) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import greenlet
 import torch
 
+from hybridopt import filters
 from hybridopt.errors import MethodError, ReplayMismatch
 from hybridopt.journal import Journal
 from hybridopt.optimizer import Answer, Request
@@ -84,7 +85,8 @@ class _Filters:
     """Keeps apart the warnings filters of a solver and of its caller.
 
     A solver may be suspended inside its own `warnings.catch_warnings()`, whose effect is process-wide. As long as it
-    is not, it sees its caller's filters.
+    is not, it sees its caller's filters. Since other threads would see its own, solvers of several threads take turns
+    from question to question; losses do not.
     """
 
     # the last name is private to the standard library: it is what `catch_warnings(record=True)` replaces
@@ -96,21 +98,24 @@ class _Filters:
         self._outer: tuple[Any, ...] = ()  # what the solver's own changes began from
         self._solver: tuple[Any, ...] | None = None
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         """Control passes to the solver."""
+        self._lock = filters.alone
+        self._lock.acquire()
         self._caller = self._read(warnings)
         if self._solver is None:
             self._outer = self._caller
         else:
             self._set(self._solver)
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Control comes back."""
         now = self._read(warnings)
         self._solver = None if _same(now, self._outer) else now
         if not _same(now, self._caller):
             self._set(self._caller)
         self._caller = ()
+        self._lock.release()
 
     def _set(self, values: tuple[Any, ...]) -> None:
         for name, value in zip(self._NAMES, values, strict=True):
@@ -172,14 +177,13 @@ class GreenletCarrier:
     def _switch(self, switch: Callable[[Any], Any], value: Any) -> Any:
         mine = torch.is_grad_enabled()
         self._greenlet.parent = greenlet.getcurrent()
-        self._filters.enter()
-        torch.set_grad_enabled(self._grad_mode)
-        try:
-            return switch(value)
-        finally:
-            self._grad_mode = torch.is_grad_enabled()
-            torch.set_grad_enabled(mine)
-            self._filters.leave()
+        with self._filters:
+            torch.set_grad_enabled(self._grad_mode)
+            try:
+                return switch(value)
+            finally:
+                self._grad_mode = torch.is_grad_enabled()
+                torch.set_grad_enabled(mine)
 
 
 class _Box:
@@ -250,8 +254,7 @@ class ThreadCarrier:
         box = self._box
         box.answer = answer
         interrupt: KeyboardInterrupt | None = None
-        self._filters.enter()
-        try:
+        with self._filters:
             box.callers_turn = False
             box.to_solver.release()
             while not box.callers_turn:
@@ -259,8 +262,6 @@ class ThreadCarrier:
                     box.to_caller.acquire()
                 except KeyboardInterrupt as error:
                     interrupt = error
-        finally:
-            self._filters.leave()
         if interrupt is not None:
             self.close()
             raise interrupt
@@ -278,12 +279,9 @@ class ThreadCarrier:
     def close(self) -> None:
         """End the solver and wait for its thread."""
         if self._finalizer.alive:
-            self._filters.enter()
-            try:
+            with self._filters:
                 self._finalizer()
                 self._thread.join()
-            finally:
-                self._filters.leave()
 
 
 class ExclusiveCarrier:
@@ -292,7 +290,6 @@ class ExclusiveCarrier:
     A turn costs the solver's own work on all answers so far, if another one went on in between; else as a thread.
     """
 
-    _turn = threading.Lock()  # held from one question to the next, so two that alternate both get on
     _at_work: Callable[[], ExclusiveCarrier | None] = staticmethod(lambda: None)  # the last one, weakly
 
     def __init__(self, body: Body) -> None:
@@ -304,7 +301,7 @@ class ExclusiveCarrier:
 
     def advance(self, answer: Answer | None) -> Request | Done:
         """See `Carrier`. Waits while another thread has an exclusive solver on its way to its next question."""
-        with ExclusiveCarrier._turn:
+        with filters.alone:  # from one question to the next, so two that alternate both get on
             if answer is not None:
                 assert self._asked is not None
                 self._journal.append(self._asked, answer)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from hybridopt import filters
 from hybridopt.vector import FloatArray
 
 ROWS = 64
@@ -35,8 +35,7 @@ def reverse(output: Tensor, tensors: Sequence[Tensor], one_by_one: bool = False)
             parts.extend(pull(output, tensors, seed)[None] for seed in seeds)
             continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch says so where it loops over an operation
+            with filters.changed("ignore"):  # torch says so where it loops over an operation
                 grads = torch.autograd.grad(
                     output, tensors, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
@@ -65,8 +64,7 @@ def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> FloatArray:
         derivative: Tensor = torch.func.jvp(function, (x,), (direction,))[1]
         return derivative
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with filters.changed("ignore"):
         columns = torch.func.vmap(push, chunk_size=ROWS, randomness="same")(torch.eye(len(x), dtype=x.dtype))
     jacobian: FloatArray = columns.detach().to("cpu", torch.float64).T.contiguous().numpy()
     return jacobian

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import signal
+import sys
 import threading
 import warnings
 import weakref
@@ -515,6 +517,38 @@ def test_filters_survive_the_close_of_a_suspended_solver(isolation: Isolation) -
         carrier.advance(None)
     filters, content = warnings.filters, list(warnings.filters)
     carrier.close()
+    assert warnings.filters is filters
+    assert list(warnings.filters) == content
+
+
+def test_filters_survive_solvers_of_several_threads(
+    isolation: Isolation,
+) -> None:
+    """Filters belong to the process: two that change them at once would leave it with those of one of them."""
+
+    def body(question: Question) -> int:
+        for i in range(150):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ask_for(question, i)
+                warnings.warn("unheard", RuntimeWarning, stacklevel=1)
+        return 150
+
+    told: list[Any] = []
+    found, filters, content = sys.getswitchinterval(), warnings.filters, list(warnings.filters)
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(target=lambda: told.append(drive(carry(body, isolation), itertools.repeat(0.0))))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(found)
+    assert told == [150, 150, 150]
     assert warnings.filters is filters
     assert list(warnings.filters) == content
 

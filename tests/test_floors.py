@@ -21,6 +21,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/coordinates.py",
         "hybridopt/rows.py",
         "hybridopt/errors.py",
+        "hybridopt/filters.py",
         "hybridopt/ledger.py",
         "hybridopt/machine.py",
         "hybridopt/options.py",

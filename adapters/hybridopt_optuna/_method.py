@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hybridopt import filters
 from hybridopt.errors import MethodError
 from hybridopt.optimizer import HandOver, Need, Optimizer
 from hybridopt.options import check_options
@@ -225,11 +225,10 @@ def _quiet() -> Iterator[None]:
     """Keep Optuna's logging and its warnings about experimental options to itself; never while a loss is computed."""
     import optuna
 
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with filters.changed("ignore"):
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+        try:
             yield
-    finally:
-        optuna.logging.set_verbosity(level)
+        finally:
+            optuna.logging.set_verbosity(level)
