@@ -267,7 +267,8 @@ class Objective:
             Stop: a limit of this objective's own ledger forbids it. (A limit of one of the request's scopes comes
                 back as `Answer.stop`.) Of a population the rows that fit are evaluated and remembered; asked
                 again with a larger budget, only the rest is.
-            NonFiniteLoss: under `nonfinite="raise"`; or at the first evaluation of a method that needs gradients.
+            NonFiniteLoss: under `nonfinite="raise"`; or if the first evaluation asks for a gradient where the weights
+                stand. (A method that names its points is told +inf, and raises it if it cannot begin so.)
             BoundsError: the request lies outside the bounds.
         """
         self.open()

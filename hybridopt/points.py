@@ -75,7 +75,8 @@ class Points:
             what = "gradient" if math.isfinite(value) else "loss"
             shown = math.nan if math.isfinite(value) else value
             alone = first and not any(ledger.rivals for ledger in ledgers)
-            self._accounts.reject(shown, alone and (want_gradient or request.keep_graph), what)
+            # a method that says where it asks need not begin at its first point: it knows whether it does
+            self._accounts.reject(shown, alone and want_gradient and in_place, what)
             if gradient is not None:
                 gradient = np.zeros_like(gradient)
         array = None

@@ -661,6 +661,25 @@ def test_shgo_walks_scipys_path(options: dict[str, Any], mode: Any) -> None:
     assert result.message == expected.message
 
 
+@pytest.mark.parametrize("mode", ["auto", "autograd", "differences"])
+@pytest.mark.parametrize("name, box", [("shgo", (-3, 3)), ("basinhopping", None), ("basinhopping", (-3, 3))])
+def test_a_global_search_may_see_no_finite_loss_at_first(name: str, box: Any, mode: str) -> None:
+    """SHGO never looks at the start, and basin hopping leaps away from it: nan there is a rejected point."""
+    asked = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        asked.append(x.tolist())
+        bad = x[0].item() < -2.9
+        return ((x - 0.3) ** 2).sum() * (math.nan if bad else 1.0)
+
+    first = 0.5 if name == "shgo" else -2.95
+    x = torch.full((3,), first, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="loss nan at evaluation 1: rejected"):
+        result = hybridopt.minimize(loss, x, f"{name}(gradients={mode})", budget=150, bounds=box, seed=0)
+    assert asked[0][0] < -2.9
+    assert result.best_loss < 1e-10
+
+
 @pytest.mark.parametrize("locally_biased", [True, False])
 def test_direct_walks_scipys_path(locally_biased: bool) -> None:
     x0, bounds = STARTS["boxed"]

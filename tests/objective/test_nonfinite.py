@@ -71,27 +71,28 @@ def test_raise_on_request(bad: float, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize(
-    "request_",
-    [
-        at(Kind.VALUE_AND_GRADIENT, [1, 1]),
-        at(Kind.VALUE_AND_GRADIENT),
-        at(Kind.VALUE, [1, 1], keep_graph=True),
-    ],
-)
-def test_a_method_that_needs_gradients_cannot_begin_where_there_is_none(
-    bad: float, request_: Request
-) -> None:
+def test_a_method_that_follows_gradients_in_place_cannot_begin_where_there_is_none(bad: float) -> None:
     with Objective(lambda x: x.sum() * bad, torch.ones(2)) as objective:
         with pytest.raises(
             NonFiniteLoss, match=r"at the start point.*cannot begin here: change the initial weights"
         ):
-            objective.answer(request_)
+            objective.answer(at(Kind.VALUE_AND_GRADIENT))
     # a finite loss with a gradient that is not: sqrt at 0
     with Objective(lambda x: torch.sqrt(x - 1).sum(), torch.ones(2)) as objective:
-        if request_.kind is Kind.VALUE_AND_GRADIENT:
-            with pytest.raises(NonFiniteLoss, match="at the start point"):
-                objective.answer(request_)
+        with pytest.raises(NonFiniteLoss, match="at the start point"):
+            objective.answer(at(Kind.VALUE_AND_GRADIENT))
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    "request_", [at(Kind.VALUE_AND_GRADIENT, [1, 1]), at(Kind.VALUE, [1, 1], keep_graph=True)]
+)
+def test_a_first_point_that_a_method_chose_is_a_rejected_one(bad: float, request_: Request) -> None:
+    """A global search asks elsewhere first; whether it can begin there it knows itself."""
+    with Objective(lambda x: x.sum() * bad, torch.ones(2)) as objective:
+        with pytest.warns(RuntimeWarning, match=r"at evaluation 1: rejected"):
+            answer = objective.answer(request_)
+        assert (answer.loss, answer.finite) == (math.inf, False)
 
 
 def test_a_gradient_that_is_not_finite_is_told_as_a_rejected_point_and_nothing_is_learned_from_it() -> None:
