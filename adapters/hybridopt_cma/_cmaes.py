@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -16,9 +18,14 @@ from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
 from hybridopt.options import check_options
+from hybridopt.randomness import derive_seed
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+# public since NumPy 1.24, but missing from its type stubs
+_get_bit_generator = np.random.get_bit_generator  # type: ignore[attr-defined]
+_set_bit_generator = np.random.set_bit_generator  # type: ignore[attr-defined]
 
 # Options of pycma that are given elsewhere, and where.
 _ELSEWHERE = {
@@ -158,19 +165,23 @@ class CMAES(BlockingMethod):
         sigma, stds = self._spread(start)
         options = self._options(start, random, stds)
         schedule = _Schedule(self, start, sigma, random)
+        draws = self._draws(start)
         best_loss, best_x, spent = math.inf, start.x0, 0
         while True:
-            es = _begin(schedule.x0, schedule.sigma, options | schedule.changes)
-            if schedule.runs == 0 and start.points is not None:
-                _inject(es, start.points[: es.popsize // 2])
+            with draws:
+                es = _begin(schedule.x0, schedule.sigma, options | schedule.changes)
+                if schedule.runs == 0 and start.points is not None:
+                    _inject(es, start.points[: es.popsize // 2])
             while not es.stop():
-                population = np.clip(np.array(es.ask()), start.lower, start.upper)
+                with draws:
+                    population = np.clip(np.array(es.ask()), start.lower, start.upper)
                 losses = ask.values(population)
                 spent += len(losses)
                 if np.isfinite(
                     losses
                 ).any():  # else nothing was learnt: draw again from the same distribution
-                    _tell(es, population, losses)
+                    with draws:
+                        _tell(es, population, losses)
             stopped = sorted(es.stop())
             if es.best.f is not None and es.best.f < best_loss:
                 best_loss, best_x = float(es.best.f), np.clip(es.best.x, start.lower, start.upper)
@@ -179,6 +190,10 @@ class CMAES(BlockingMethod):
             spent = 0
         reason = Reason.STALLED if _FAILED & set(stopped) else Reason.CONVERGED
         return Ending(reason, ", ".join(stopped), best_loss, best_x)
+
+    def _draws(self, start: Start) -> AbstractContextManager[None]:
+        """What pycma is to be called within; 0.1 ms, so only where it draws from NumPy's global generator."""
+        return contextlib.nullcontext() if start.integer is None else _OwnDraws(start.seed)
 
     def _options(self, start: Start, random: Any, stds: FloatArray | None) -> dict[str, Any]:
         """What pycma is told in every run."""
@@ -222,6 +237,26 @@ class CMAES(BlockingMethod):
         if np.all(stds == stds[0]):
             return float(stds[0]), None
         return 1.0, stds
+
+
+class _OwnDraws:
+    """Puts a generator of the run's own, a function of its seed, in the place of NumPy's global one.
+
+    pycma repairs and centres whole numbers by draws from it, whatever `randn` is.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._own = np.random.MT19937(derive_seed(seed, "cma"))
+        self._found: tuple[Any, Any] = (None, None)
+
+    def __enter__(self) -> None:
+        self._found = _get_bit_generator(), np.random.get_state(legacy=False)
+        _set_bit_generator(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        bit_generator, state = self._found
+        _set_bit_generator(bit_generator)
+        np.random.set_state(state)  # with its cached normal number, which the line above forgets
 
 
 class _Schedule:

@@ -16,7 +16,7 @@ import hybridopt
 import hybridopt_cma
 from hybridopt import Reason, method
 from hybridopt.errors import MethodError
-from hybridopt.optimizer import HandOver
+from hybridopt.optimizer import Answer, HandOver
 from tests.driving import rosenbrock
 
 Points = list[list[float]]
@@ -269,3 +269,75 @@ def test_points_handed_over_are_in_the_first_generation(bounds: Any) -> None:
     for point in good[:3]:  # half a generation
         assert np.isclose(first, point, atol=1e-9).all(axis=1).any()
     optimizer.close()
+
+
+# -- draws from NumPy's global generator ---------------------------------------------------------------------------
+
+
+def goes_on(new: Any) -> None:
+    """A run saved after every generation asks the same in a new one as the run that was never saved."""
+
+    def walk(run: Any, states: list[Any] | None = None) -> list[Points]:
+        asked = []
+        with run:
+            while run.reason is None:
+                question = run.optimizer.ask()
+                assert question.x is not None
+                asked.append(question.x.tolist())
+                run.step()
+                if states is not None:
+                    states.append(run.state_dict())
+        return asked
+
+    states: list[Any] = []
+    expected = walk(new(), states)
+    assert len(states) == len(expected) > 5
+    for i, state in enumerate(states[:-1]):
+        run = new()
+        run.load_state_dict(state)
+        assert walk(run) == expected[i + 1 :]
+
+
+@pytest.mark.parametrize("bounds", [(0, 3), (-1, 1), (-5, 5)])
+@pytest.mark.parametrize("integer", [True, [True, False, True, False, True]])
+def test_whole_numbers_in_a_box_go_on_from_a_saved_state(bounds: Any, integer: Any) -> None:
+    def run() -> Any:
+        return hybridopt.Run(
+            lambda x: ((x - bounds[1]) ** 2).sum(),  # the minimum in a corner
+            torch.ones(5, dtype=torch.float64),
+            "cma.cmaes",
+            budget=80,
+            seed=1,
+            integer=integer,
+            bounds=bounds,
+        )
+
+    goes_on(run)
+
+
+def test_the_global_generator_stays_the_callers() -> None:
+    """Searching whole numbers leaves its numbers as they are, the cached normal one included."""
+    vector = hybridopt.ParameterVector(torch.ones(5, dtype=torch.float64), integer=True, bounds=(0, 3))
+
+    def walk(seed: int) -> tuple[list[float], list[Any]]:
+        np.random.seed(seed)
+        asked, drawn = [], [np.random.standard_normal()]  # a second one waits in the cache
+        optimizer = method("cma.cmaes").start(vector, 1)
+        for _ in range(20):
+            question = optimizer.ask()
+            assert question.x is not None
+            asked.append(question.x.tolist())
+            drawn.append(np.random.standard_normal())
+            losses = ((question.x - 1) ** 2).sum(axis=1)
+            optimizer.tell(Answer(float(losses.min()), losses=losses))
+        optimizer.close()
+        drawn.append(np.random.standard_normal())
+        return asked, drawn
+
+    before = np.random.get_state()
+    try:
+        asked, drawn = walk(5)
+        assert drawn == np.random.RandomState(5).standard_normal(len(drawn)).tolist()
+        assert walk(6)[0] == asked
+    finally:
+        np.random.set_state(before)
