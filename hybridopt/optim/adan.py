@@ -25,6 +25,7 @@ class Adan(RuleOptimizer):
         eps: added to the root.
         weight_decay: decoupled, applied as a division by 1 + lr * weight_decay.
         maximize: ascend.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
             `seed`, `flatten`, all by keyword; see `StepOptions`.
 
@@ -55,6 +56,8 @@ class Adan(RuleOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas) or not eps >= 0:
@@ -65,6 +68,8 @@ class Adan(RuleOptimizer):
         super().__init__(
             params,
             {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize},
+            foreach=foreach,
+            fused=fused,
             **options,
         )
 

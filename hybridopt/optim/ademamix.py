@@ -30,6 +30,7 @@ class AdEMAMix(RuleOptimizer):
         T_alpha_beta3: steps over which alpha grows linearly from 0, and beta3 from beta1, as the paper schedules
             them; wants to be the length of the run. None: no warm-up, which the paper found unstable for large alpha.
         maximize: ascend.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
             `seed`, `flatten`, all by keyword; see `StepOptions`.
 
@@ -63,6 +64,8 @@ class AdEMAMix(RuleOptimizer):
         T_alpha_beta3: int | None = None,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         if (
@@ -91,6 +94,8 @@ class AdEMAMix(RuleOptimizer):
                 "T_alpha_beta3": T_alpha_beta3,
                 "maximize": maximize,
             },
+            foreach=foreach,
+            fused=fused,
             **options,
         )
 

@@ -26,6 +26,7 @@ class ADOPT(RuleOptimizer):
         weight_decay: see `decouple`.
         maximize: ascend.
         decouple: shrink the weights by lr * weight_decay instead of adding weight_decay * weight to the gradient.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
             `seed`, `flatten`, all by keyword; see `StepOptions`.
 
@@ -57,6 +58,8 @@ class ADOPT(RuleOptimizer):
         *,
         maximize: bool = False,
         decouple: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas) or not eps > 0:
@@ -74,6 +77,8 @@ class ADOPT(RuleOptimizer):
                 "maximize": maximize,
                 "decouple": decouple,
             },
+            foreach=foreach,
+            fused=fused,
             **options,
         )
 

@@ -42,6 +42,7 @@ class LAMB(Extended):
         eps: added to the root.
         weight_decay: lambda; part of the direction, hence scaled by the ratio too.
         maximize: ascend.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         implementation: of the moments and the direction; norms and step are torch's list functions. `"auto"`
             (default) or `"fused"`: one compiled loop on the CPU where it can be; `"foreach"`: torch's list functions,
             on any device; `"reference"`: tensor by tensor.
@@ -72,6 +73,8 @@ class LAMB(Extended):
         weight_decay: float = 0.01,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas) or not eps >= 0:
@@ -89,7 +92,7 @@ class LAMB(Extended):
                 "maximize": maximize,
             },
         )
-        self._configure(options)
+        self._configure(options, foreach, fused)
 
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"

@@ -24,6 +24,7 @@ class Lion(RuleOptimizer):
         betas: decay of the direction and of the momentum.
         weight_decay: decoupled.
         maximize: ascend.
+        foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
         options: `implementation`, `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`,
             `seed`, `flatten`, all by keyword; see `StepOptions`.
 
@@ -53,6 +54,8 @@ class Lion(RuleOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
@@ -63,6 +66,8 @@ class Lion(RuleOptimizer):
         super().__init__(
             params,
             {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize},
+            foreach=foreach,
+            fused=fused,
             **options,
         )
 

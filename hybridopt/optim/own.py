@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import keyword
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
@@ -27,9 +29,17 @@ class RuleOptimizer(FusedStep):
 
     rule: ClassVar[Rule]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[StepOptions]) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **options: Unpack[StepOptions],
+    ) -> None:
         torch.optim.Optimizer.__init__(self, params, defaults)
-        self._configure(options)
+        self._configure(options, foreach, fused)
 
     def _hyper(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(group[name] for name in self.rule.hyper)
@@ -150,6 +160,10 @@ def from_rule(
 ) -> type[RuleOptimizer]:
     """An optimizer class from one elementwise update equation, with every implementation the built-in ones have.
 
+    Made for `defaults={"lr": 0.01, "beta": 0.9}` it is called as `Signum(params, lr=0.01, beta=0.9)`, by name or in
+    that order; flags, `foreach`, `fused` (`True` is another spelling of `implementation="foreach"`, `"fused"`) and
+    `StepOptions` by keyword.
+
     Args:
         update: `update(p, g, *state, *hyper) -> (p, *state)` on weight, gradient, states and hyperparameters, all
             elementwise; see `hybridopt.rules.Rule` for what it may use (`from hybridopt.rules import xp`). Keyword-only
@@ -160,10 +174,12 @@ def from_rule(
             coefficients are then what `update` takes in place of the hyperparameters. `step` counts from 1. It is
             compiled with the rule, so the same holds for it: `xp.minimum`, not `min`; else the whole step runs as
             Python does it (`repr` says so).
-        name: of the class; default `update`'s name. An optimizer can be pickled if the class is found under it.
+        name: of the class; default `update`'s name. Give the name that the class is bound to, in the module that calls
+            `from_rule`: pickle looks for it there. (Deep copies and state dicts do not ask.)
 
     Raises:
-        MethodError: the arguments of `update` do not fit `state` and `defaults`.
+        MethodError: the arguments of `update` do not fit `state` and `defaults`, or a hyperparameter has the name of an
+            option.
 
     Example:
         >>> import torch, hybridopt
@@ -171,7 +187,8 @@ def from_rule(
         >>> def signum(p, g, momentum, lr, beta):
         ...     momentum = momentum * beta + g * (1 - beta)
         ...     return p - xp.sign(momentum) * lr, momentum
-        >>> Signum = hybridopt.optim.from_rule(signum, state=["momentum"], defaults={"lr": 0.01, "beta": 0.9})
+        >>> defaults = {"lr": 0.01, "beta": 0.9}
+        >>> Signum = hybridopt.optim.from_rule(signum, state=["momentum"], defaults=defaults, name="Signum")
         >>> x = torch.tensor([1.0, -1.0], requires_grad=True)
         >>> optimizer = Signum([x], lr=0.5)
         >>> (x**2).sum().backward()
@@ -194,20 +211,63 @@ def from_rule(
             f"defaults={values}"
         )
 
+    signature = _signature(values, flags)
+
     class Own(RuleOptimizer):
         __doc__ = update.__doc__ or f"Made by `from_rule` from `{update.__name__}`; hyperparameters {values}."
 
-        def __init__(self, params: ParamsT, **options: Any) -> None:
-            given = {key: options.pop(key) for key in list(options) if key in values}
-            unknown = set(options) - set(StepOptions.__annotations__)
+        def __init__(self, /, *args: Any, **options: Any) -> None:
+            try:
+                given = signature.bind(self, *args, **options)
+            except TypeError as error:
+                raise TypeError(f"{type(self).__name__}: {error}") from None
+            given.apply_defaults()
+            told = given.arguments
+            unknown = set(told["options"]) - set(StepOptions.__annotations__)
             if unknown:
                 raise MethodError(
                     f"{type(self).__name__}: unknown option {sorted(unknown)}; known: {sorted(values)} and "
-                    f"{sorted(StepOptions.__annotations__)}"
+                    f"{sorted(_OPTIONS)}"
                 )
-            super().__init__(params, {**values, **given}, **options)
+            super().__init__(
+                told["params"],
+                {key: told[key] for key in values},
+                foreach=told["foreach"],
+                fused=told["fused"],
+                **told["options"],
+            )
 
+    Own.__init__.__signature__ = signature  # type: ignore[attr-defined]
     Own.rule = rule
     Own.__name__ = Own.__qualname__ = name or update.__name__
-    Own.__module__ = update.__module__
+    Own.__module__ = sys._getframe(1).f_globals.get("__name__", update.__module__)  # as namedtuple does
     return Own
+
+
+_OPTIONS = ("foreach", "fused", *StepOptions.__annotations__)
+
+
+def _signature(values: Mapping[str, Any], flags: Sequence[str]) -> inspect.Signature:
+    """Of `__init__` of a class made by `from_rule`: hyperparameters by name or in order, the rest by name."""
+    taken = {"self", "params", "options", *_OPTIONS}
+    wrong = [key for key in values if key in taken or not key.isidentifier() or keyword.iskeyword(key)]
+    if wrong:
+        raise MethodError(
+            "from_rule: expected hyperparameters with names that Python can take and that no option of optimizers "
+            f"has, got {', '.join(wrong)}; choose another name"
+        )
+    Parameter = inspect.Parameter
+    by_name = {**{flag: values[flag] for flag in flags}, "foreach": None, "fused": None}
+    return inspect.Signature(
+        [
+            Parameter("self", Parameter.POSITIONAL_ONLY),
+            Parameter("params", Parameter.POSITIONAL_OR_KEYWORD),
+            *(
+                Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, default=value)
+                for key, value in values.items()
+                if key not in flags
+            ),
+            *(Parameter(key, Parameter.KEYWORD_ONLY, default=value) for key, value in by_name.items()),
+            Parameter("options", Parameter.VAR_KEYWORD),
+        ]
+    )

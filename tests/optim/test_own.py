@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from hybridopt.errors import MethodError
 from hybridopt.optim import ADOPT, Adan, Lion, from_rule
 from hybridopt.rules import xp
+from hybridopt.rules.lion import RULE as LION
 
 SHAPES = ((5, 7), (3,), (), (0,))
 IMPLEMENTATIONS = ("auto", "fused", "foreach", "reference")
@@ -183,7 +186,15 @@ def signum(p, g, momentum, lr, beta, *, nesterov):
     return p - xp.sign(momentum) * lr, momentum
 
 
-Signum = from_rule(signum, state=["momentum"], defaults={"lr": 0.01, "beta": 0.9, "nesterov": False})
+DEFAULTS = {"lr": 0.01, "beta": 0.9, "nesterov": False}
+Signum = from_rule(signum, state=["momentum"], defaults=DEFAULTS, name="Signum")
+Elsewhere = from_rule(  # its equation is another module's
+    LION.update,
+    state=["exp_avg"],
+    defaults={"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "maximize": False},
+    scalars=LION.scalars,
+    name="Elsewhere",
+)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -313,3 +324,60 @@ def test_from_rule_checks_the_arguments():
         from_rule(signum, state=["momentum"], defaults={"lr": 0.01})
     with pytest.raises(MethodError, match="unknown option"):
         Signum([torch.ones(1, requires_grad=True)], learning_rate=1)
+
+
+@pytest.mark.parametrize("cls", [Signum, Elsewhere])
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies_of_a_users_optimizer_go_on_bit_for_bit(cls, how):
+    def copied(x):
+        if how == "deepcopy":
+            return copy.deepcopy(x)
+        if how == "pickle":
+            return pickle.loads(pickle.dumps(x))
+        file = io.BytesIO()
+        torch.save(x, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    def step(optimizer):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.linspace(-1, 2, p.numel()).view_as(p) + p.detach()
+        optimizer.step()
+
+    optimizer = cls(start(torch.float32), lr=0.02, implementation="fused")
+    for _ in range(3):
+        step(optimizer)
+    twin = copied(optimizer)
+    assert type(twin) is cls
+    for _ in range(3):
+        step(optimizer)
+        step(twin)
+    assert twin._used == optimizer._used == "fused (llvm)"
+    for p, q in zip(optimizer.param_groups[0]["params"], twin.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_users_optimizer_takes_hyperparameters_by_name_or_in_order():
+    def options(*args, **more):
+        (group,) = Signum([torch.ones(1, requires_grad=True)], *args, **more).param_groups
+        return [group[key] for key in DEFAULTS]
+
+    assert options() == [0.01, 0.9, False]
+    assert options(0.5) == options(lr=0.5) == [0.5, 0.9, False]
+    assert options(0.5, 0.8, nesterov=True) == options(beta=0.8, lr=0.5, nesterov=True) == [0.5, 0.8, True]
+    assert str(inspect.signature(Signum)) == (
+        "(params, lr=0.01, beta=0.9, *, nesterov=False, foreach=None, fused=None, **options)"
+    )
+    with pytest.raises(TypeError, match="Signum: too many positional arguments"):
+        options(0.5, 0.8, True)
+    with pytest.raises(TypeError, match="Signum: multiple values for argument 'lr'"):
+        options(0.5, lr=0.5)
+
+
+@pytest.mark.parametrize("taken", ["self", "params", "fused", "seed", "options", "lambda", "weight decay"])
+def test_names_that_no_hyperparameter_can_have(taken):
+    def plain(p, g):
+        return (p - g,)
+
+    with pytest.raises(MethodError, match=f"expected hyperparameters with names .* got {taken}; choose"):
+        from_rule(plain, defaults={taken: 0.1}, scalars=lambda step, value: ())
