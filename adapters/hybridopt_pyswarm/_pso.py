@@ -96,10 +96,9 @@ class PSO(BlockingMethod):
             options["intvar"] = np.flatnonzero(whole).tolist()
         if start.points is not None and len(start.points):
             options["init"] = self._swarm(start)
-        if start.constrained:
-            options["f_ieqcons"] = self._inequalities(ask, start)
+        keeps = self._inequalities(ask, start) if start.constrained else None
         r = pyswarm.pso(
-            _Callback(ask, max(3 * self.swarmsize, _PATIENCE)),
+            _Callback(ask, keeps, max(3 * self.swarmsize, _PATIENCE)),
             lower,
             upper,
             **options,
@@ -127,28 +126,26 @@ class PSO(BlockingMethod):
         swarm[: len(known)] = known
         return swarm
 
-    def _inequalities(self, ask: Ask, start: Start) -> Callable[[FloatArray], FloatArray]:
-        """The constraints as pyswarm takes them: numbers that must not be negative."""
+    def _inequalities(self, ask: Ask, start: Start) -> Callable[[FloatArray], bool]:
+        """Whether a point keeps the constraints."""
         lower, upper, _ = ask.limits(start.x0)
         if (lower == upper).any():
             raise MethodError(
                 f"{self.label}: expected inequality constraints alone, {int((lower == upper).sum())} are equalities, "
                 "which hardly any point of a swarm keeps; use scipy.slsqp or scipy.trust_constr"
             )
-        low, high = np.isfinite(lower), np.isfinite(upper)
 
-        def kept(x: FloatArray) -> FloatArray:
-            try:
-                c = ask.constraints(start.clip(x))
-            except Abandoned:  # see `_Callback`
-                return np.ones(int(low.sum() + high.sum()))
-            return np.concatenate([(c - lower)[low], (upper - c)[high]])
+        def keeps(x: FloatArray) -> bool:
+            c = ask.constraints(start.clip(x))
+            return bool(((lower <= c) & (c <= upper)).all())
 
-        return kept
+        return keeps
 
 
 class _Callback:
     """The loss as pyswarm calls it; when the run is closed it brings pyswarm to a quiet end.
+
+    Constraints are kept here, not by pyswarm's `f_ieqcons`, on the same path: it prints where no particle keeps them.
 
     An exception through the Fortran code would print to stderr. Two improvements, the second one tiny, meet pyswarm's
     `minfunc` criterion within two generations instead. Where they cannot (`minfunc=0`, or a loss so far below 0 that
@@ -156,14 +153,16 @@ class _Callback:
     that would take too long.
     """
 
-    def __init__(self, ask: Ask, patience: int) -> None:
+    def __init__(self, ask: Ask, keeps: Callable[[FloatArray], bool] | None, patience: int) -> None:
         self._ask = ask
+        self._keeps = keeps
         self._best = math.inf
         self._patience = patience
 
     def __call__(self, x: npt.NDArray[np.float64]) -> float:
         try:
-            loss = min(self._ask.value(x), _WORST)
+            broken = self._keeps is not None and not self._keeps(x)
+            loss = _WORST if broken else min(self._ask.value(x), _WORST)
         except Abandoned:
             self._patience -= 1
             if self._patience < 0:

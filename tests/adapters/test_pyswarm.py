@@ -136,6 +136,56 @@ def test_constraints_walk_pyswarms_path() -> None:
     assert result.x[0] <= 0.3
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_constraints_that_no_first_particle_keeps_walk_pyswarms_path(seed: int) -> None:
+    """A small disc: found late or never, and pyswarm itself says "Sorry" where it is never found."""
+    asked: Points = []
+    centre = torch.tensor([0.7, -0.6], dtype=torch.float64)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        asked.append(x.tolist())
+        return rosenbrock(x)
+
+    disc = hybridopt.Constraint(lambda x: ((x - centre) ** 2).sum(), -np.inf, 0.02)
+    x = torch.zeros(2, dtype=torch.float64)
+    text = "pyswarm.pso(swarmsize=5, maxiter=15)"
+    hybridopt.minimize(loss, x, text, budget=3000, bounds=(-1, 1), seed=seed, constraints=disc)
+    points: Points = []
+
+    def f(x: Any) -> float:
+        points.append(x.tolist())
+        return rosenbrock(torch.tensor(x)).item()
+
+    options: Any = {"omega": 0.7298, "phip": 1.49618, "phig": 1.49618, "swarmsize": 5, "maxiter": 15}
+    pyswarm.pso(
+        f,
+        bounds=[(-1, 1)] * 2,
+        seed=seed,
+        f_ieqcons=lambda x: np.array([0.02 - ((x - centre.numpy()) ** 2).sum()]),
+        **options,
+    )
+    assert asked == points
+
+
+def test_nothing_is_printed_where_no_particle_keeps_the_constraints(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[int] = []
+    x = torch.zeros(2, dtype=torch.float64)
+    result = hybridopt.minimize(
+        lambda x: asked.append(0) or x.sum(),  # type: ignore[func-returns-value]
+        x,
+        "pyswarm.pso(swarmsize=10, maxiter=5)",
+        budget=500,
+        bounds=(-1, 0.5),
+        seed=0,
+        constraints=hybridopt.Constraint(lambda x: x.sum() - 5, 0, np.inf),
+    )
+    assert capfd.readouterr() == ("", "")
+    assert not asked
+    assert result.violation > 0
+
+
 def test_equalities_are_refused() -> None:
     plane = hybridopt.Constraint.linear([1, 1], 1, 1)
     with pytest.raises(MethodError, match=r"expected inequality constraints alone, 1 are equalities.*slsqp"):
