@@ -164,16 +164,18 @@ class FusedStep(Extended):
 
     def _take_options(self, plans: list[Plan]) -> bool:
         """Compare objects one by one, where something may have changed; False if more than options has."""
-        if not self._structure.same():
+        written = self._versions.same_but(len(self.param_groups))  # as schedules do
+        if not written and not self._structure.same():
             return False
         if self._live or not self._options.same():
             if not all(plan.read_options(self, self.param_groups[plan.index]) for plan in plans):
                 return False
             self._note_options(plans)
-        self._versions = Versions(
-            [self.param_groups, *(group["params"] for group in self.param_groups)],
-            [*self.param_groups, self.state, *self.state.values()],
-        )
+        if not written:
+            self._versions = Versions(
+                [self.param_groups, *(group["params"] for group in self.param_groups)],
+                [*self.param_groups, self.state, *self.state.values()],
+            )
         return True
 
     def _note_structure(self) -> None:

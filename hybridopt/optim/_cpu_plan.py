@@ -69,7 +69,7 @@ class CpuPlan(Plan):
             self.table[:: len(self.table) // self.size] = array("q", counts)
 
     def _refuses(self, group: Mapping[str, Any]) -> str:
-        return "capturable=True" if group.get("capturable") else wrong_number(group)
+        return "capturable=True" if group.get("capturable") else wrong_number(group, self.kind.weight)
 
     def _take(self, hyper: Sequence[Any]) -> None:
         self.hyper[: self.hypers] = array("d", map(float, hyper))

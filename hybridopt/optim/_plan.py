@@ -26,6 +26,7 @@ _address = Tensor.data_ptr
 _gradient = attrgetter("grad")
 _NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in SIZES}
 _SCALARS = (torch.float32, torch.float64)
+_SIMPLE = {float, int, bool, str, type(None)}
 _NOTHING: dict[str, Any] = {}
 Number: TypeAlias = float | Tensor
 ENGINES = {"cpu": "llvm", "cuda": "triton"}
@@ -183,9 +184,7 @@ class Plan(abc.ABC):
         if self.flags != optimizer._flags_by_name(group) or self._refuses(group):
             return False
         self._take(optimizer._hyper(group))
-        self.live = any(
-            _mutable(value) for key, value in group.items() if key not in ("params", "param_names")
-        )
+        self.live = any(_mutable(value) for _, value in _objects(group))
         return True
 
     @abc.abstractmethod
@@ -331,19 +330,25 @@ def _engine(device: str) -> type[Plan]:
     return plan
 
 
-def wrong_number(group: Mapping[str, Any]) -> str:
-    """Which hyperparameter is a tensor that only torch's own code takes; empty if none."""
-    for key, value in group.items():
-        if key not in ("params", "param_names"):
-            if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):
-                return f"{key} is a tensor on a device or requires a gradient"
-            if isinstance(value, Tensor) and any(
-                p.dtype.itemsize > value.dtype.itemsize for p in group["params"]
-            ):
-                return f"{key} is a tensor of less precision than a weight (torch then computes with that)"
-            if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
-                return f"{key} holds a tensor (torch then corrects biases in that tensor's precision)"
+def wrong_number(group: Mapping[str, Any], weight: torch.dtype) -> str:
+    """Which hyperparameter is a tensor that only torch's own code takes for such weights; empty if none."""
+    for key, value in _objects(group):
+        if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):
+            return f"{key} is a tensor on a device or requires a gradient"
+        if isinstance(value, Tensor) and weight.itemsize > value.dtype.itemsize:
+            return f"{key} is a tensor of less precision than a weight (torch then computes with that)"
+        if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+            return f"{key} holds a tensor (torch then corrects biases in that tensor's precision)"
     return ""
+
+
+def _objects(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Options that are not simply a number, a word or nothing."""
+    return [
+        (key, value)
+        for key, value in group.items()
+        if type(value) not in _SIMPLE and key not in ("params", "param_names")
+    ]
 
 
 def _mutable(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -44,13 +45,13 @@ class Rule:
     scalar_state: tuple[str, ...] = ()
     counts: bool = True
 
-    @property
+    @functools.cached_property
     def coefficients(self) -> tuple[str, ...]:
         """Names of the coefficients that `update` takes."""
         names = [p.name for p in self._parameters() if p.kind is not p.KEYWORD_ONLY]
         return tuple(names[2 + len(self.state) :])
 
-    @property
+    @functools.cached_property
     def flags(self) -> tuple[str, ...]:
         """Names of the flags that `update` takes."""
         return tuple(p.name for p in self._parameters() if p.kind is p.KEYWORD_ONLY)

@@ -42,6 +42,27 @@ def test_groups_that_are_replaced_are_those_that_count() -> None:
     assert (q < 1).all()
 
 
+def test_a_state_that_is_replaced_together_with_an_option() -> None:
+    """As a schedule and a reset of the momentum do between two steps."""
+    cases = []
+    for kind in (hybridopt.optim.Adam, torch.optim.Adam):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = kind([p], lr=0.1)
+        cases.append(p)
+        for k in range(8):
+            optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
+            if k == 4:
+                optimizer.state[p]["exp_avg"] = torch.full((3,), -5.0)
+            if k == 6:
+                optimizer.state[p] = {
+                    "step": torch.tensor(1.0),
+                    **dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(3)),
+                }
+                optimizer.state[p]["exp_avg"] = torch.full((3,), 2.0)
+            step(optimizer, p)
+    torch.testing.assert_close(*cases, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [tuple, dict.fromkeys])
 def test_weights_in_another_container(make: Any) -> None:
     p = nn.Parameter(torch.ones(3))
