@@ -106,9 +106,21 @@ class Extended(Chosen):
         torch casts floating states to their weight's dtype. Here `state_dtype` decides, if it was given; otherwise
         a 16-bit weight keeps the wider states that were saved for it.
         """
-        super().load_state_dict(state_dict)
-        keep_precision(self, state_dict)
-        self._settle()
+        given: list[Any] = []
+
+        def kept(*_: Any) -> None:
+            keep_precision(self, given[-1])
+            self._settle()
+
+        handles = [  # behind the hooks of others before, ahead of those after
+            self.register_load_state_dict_pre_hook(lambda _, told: given.append(told)),
+            self.register_load_state_dict_post_hook(kept, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's, with what was asked for."""

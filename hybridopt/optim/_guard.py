@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridopt.errors import NonFiniteLoss
 from hybridopt.optim._plan import Number, Plan
-from hybridopt.optim._shards import square_sum
+from hybridopt.optim._shards import local, square_sum
 
 if TYPE_CHECKING:
     from hybridopt.optim._extended import Extended
@@ -130,7 +130,7 @@ def _first_bad(optimizer: Extended) -> str:
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names")
         for j, p in enumerate(group["params"]):
-            if p.grad is not None and not bool(p.grad.to_dense().isfinite().all()):
+            if p.grad is not None and not bool(local(p.grad).to_dense().isfinite().all()):
                 which = repr(names[j]) if names else f"number {j} of group {i}"
                 return f"expected finite gradients, that of weight {which} (shape {tuple(p.shape)}) is not"
     elsewhere = ", or a gradient on another process is not finite" if optimizer._spread else ""

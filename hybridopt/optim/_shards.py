@@ -58,7 +58,7 @@ class Shards:
         self.inner._stream_numbers = dict(zip(shards, _stream_numbers(self.weights), strict=True))
         self.inner._spread = _spread(self.weights, shards)
         self.inner.state = defaultdict(dict)
-        self.seen: dict[tuple[int, str], Tensor] = {}
+        self.seen: dict[tuple[int, str], tuple[Any, Any]] = {}  # states: the shard's, the optimizer's own
 
     def fits(self, optimizer: FusedStep) -> bool:
         """Whether weights and groups are those it was made for, in the same memory."""
@@ -86,13 +86,14 @@ class Shards:
                 inner.__dict__[name] = optimizer.__dict__[name]
         for i, p in enumerate(self.weights):
             mine = self.locals[p]
-            mine.grad = None if p.grad is None else _gradient(p)
+            mine.grad = None if p.grad is None else local(gradient(p))
             given = optimizer.state.get(p, {})
             for name in inner.state.get(mine, {}).keys() - given.keys():
                 del inner.state[mine][name]
             for name, value in given.items():
-                if self.seen.get((i, name)) is not value:
-                    inner.state[mine][name] = local(value) if isinstance(value, Tensor) else value
+                if self.seen.get((i, name), (None, None))[1] is not value:
+                    shard = inner.state[mine][name] = local(value) if isinstance(value, Tensor) else value
+                    self.seen[i, name] = shard, value
         try:
             inner._update()
         finally:
@@ -101,10 +102,10 @@ class Shards:
         counters = counter_names(optimizer)
         for i, p in enumerate(self.weights):
             for name, value in inner.state.get(self.locals[p], {}).items():
-                known = self.seen.get((i, name))
-                if known is None or local(known) is not value or optimizer.state[p].get(name) is not known:
-                    wrapped = value if name in counters else like(value, p)
-                    self.seen[i, name] = optimizer.state[p][name] = wrapped
+                shard, known = self.seen.get((i, name), (None, None))
+                if shard is not value or optimizer.state[p].get(name) is not known:
+                    optimizer.state[p][name] = value if name in counters else like(value, p)
+                    self.seen[i, name] = value, optimizer.state[p][name]
 
 
 @contextlib.contextmanager
@@ -189,7 +190,7 @@ def square_sum(spread: Spread) -> Tensor:
     for groups, weights in spread:
         norms = [
             torch.linalg.vector_norm(
-                _gradient(p), dtype=torch.complex128 if p.is_complex() else torch.float64
+                local(gradient(p)), dtype=torch.complex128 if p.is_complex() else torch.float64
             )
             for p in weights
             if p.grad is not None
@@ -225,12 +226,12 @@ def _is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def _gradient(p: Any) -> Tensor:
-    """A weight's gradient, as far as its shard is here."""
-    grad = p.grad
-    if _is_sharded(grad) and grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
-    return local(grad)
+def gradient(p: Any) -> Tensor:
+    """A weight's gradient, laid out like the weight."""
+    grad: Any = p.grad
+    moved = _is_sharded(grad) and grad.placements != p.placements
+    told: Tensor = grad.redistribute(placements=p.placements) if moved else grad
+    return told
 
 
 def local(tensor: Any) -> Tensor:

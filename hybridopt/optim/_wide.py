@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridopt.engines import _noise
 from hybridopt.optim._extras import HALVES, Extras
-from hybridopt.optim._shards import like, local
+from hybridopt.optim._shards import gradient, like, local
 
 if TYPE_CHECKING:
     from hybridopt.optim._extended import Extended
@@ -59,7 +59,6 @@ class _Lent:
     def __init__(
         self, optimizer: Extended, p: Tensor, active: tuple[str, ...], number: int, factor: float | None
     ) -> None:
-        assert p.grad is not None
         self.extras = optimizer._extras
         self.optimizer = optimizer
         self.p = p
@@ -72,7 +71,7 @@ class _Lent:
         if self.kahan and "kahan_comp" in self.before:
             wide = wide + self.before["kahan_comp"].to(self.dtype)
         self.wide = wide.requires_grad_(p.requires_grad)
-        grad = p.grad.to(self.dtype)
+        grad = gradient(p).to(self.dtype)
         self.wide.grad = grad if factor is None else grad * factor
         self.states = {
             name: value.to(self.dtype) if self._elementwise(name, value) else value
@@ -142,19 +141,22 @@ def keep_precision(optimizer: Extended, state_dict: Mapping[str, Any]) -> None:
     chosen = optimizer._extras.state_dtype
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    counters = (*optimizer._numbers(), "kahan_comp")
     for number, p in zip(numbers, weights, strict=True):
         for name, saved in state_dict["state"].get(number, {}).items():
             if not isinstance(saved, Tensor) or name == "step" or not saved.is_floating_point():
                 continue
-            if name in counters:
+            dtype: torch.dtype | None
+            if name in optimizer._numbers():
                 dtype = saved.dtype if chosen is not None or p.dtype in HALVES else None
+                dtype = torch.float32 if dtype in HALVES else dtype  # torch narrows them with each resume
+            elif name == "kahan_comp":
+                dtype = saved.dtype
             elif chosen is None and p.dtype in HALVES and saved.dtype not in HALVES:
                 dtype = torch.float32
             else:
                 dtype = chosen
-            now = optimizer.state[p][name]
-            if dtype is not None and now.dtype is not dtype:
+            now = optimizer.state[p].get(name)
+            if now is not None and dtype is not None and now.dtype is not dtype:
                 optimizer.state[p][name] = saved.to(device=now.device, dtype=dtype, copy=True)
 
 

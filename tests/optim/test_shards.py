@@ -98,6 +98,23 @@ def test_checkpoint_and_new_memory(mesh: DeviceMesh) -> None:
     assert_same(mine, params, plain, references)
 
 
+@pytest.mark.parametrize("name", ["Adam", "NAdam"])
+def test_states_stay_the_same_objects(mesh: DeviceMesh, name: str) -> None:
+    """Also those that were loaded; making new DTensors takes ten times as long as the step."""
+    params = spread(mesh, values(torch.float32))
+    optimizer = make(name, params)
+    for load in (False, True):
+        give(params, 0)
+        optimizer.step()
+        if load:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        before = [value for p in params for value in optimizer.state[p].values()]
+        for _ in range(2):
+            optimizer.step()
+        after = [value for p in params for value in optimizer.state[p].values()]
+        assert all(a is b for a, b in zip(before, after, strict=True))
+
+
 def test_gradient_with_another_placement(mesh: DeviceMesh) -> None:
     params, references = spread(mesh, values(torch.float32)), [Parameter(v) for v in values(torch.float32)]
     mine, plain = make("SGD", params), make("SGD", references)
@@ -317,7 +334,7 @@ for name, options in [
             if step == 2 and k == 1 and "nonfinite" in options:
                 g[4, 3] = float("nan")  # in the second shard
             p.grad, q.grad = distribute_tensor(g, mesh, [Shard(k)]), g
-            if step == 3:  # not yet summed
+            if step in (0, 3):  # not yet summed
                 p.grad = DTensor.from_local(g / 2, mesh, [Partial()])
         mine.step()
         plain.step()
@@ -335,6 +352,18 @@ for name, options in [
             assert any(map(torch.Tensor.any, map(whole, lost))), name
             a, b = a + whole(lost[0]).double(), b + lost[1].double()
         torch.testing.assert_close(a, b, msg=lambda text: name + str(options) + text, **near)
+for name in ("LAMB", "Muon"):  # one process finds what is wrong, and does not wait for the other to look on
+    params = [Parameter(distribute_tensor(tensors[0].clone(), mesh, [Shard(0)])) for _ in range(2)]
+    mine = getattr(hybridopt.optim, name)(params, nonfinite="raise")
+    g = torch.ones(5, 4)
+    g[4, 3] = float("nan")
+    params[0].grad = distribute_tensor(g, mesh, [Shard(0)])
+    params[1].grad = DTensor.from_local(torch.ones(5, 4), mesh, [Partial()])
+    try:
+        mine.step()
+        raise AssertionError(name)
+    except hybridopt.errors.NonFiniteLoss as error:
+        assert ("weight number 0" if rank else "on another process") in str(error), error
 hybrid = init_device_mesh("cpu", (2, 1))  # replicas on both, each of one shard
 def spread(tensors):
     first, second, third = tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,60 @@ def test_state_dicts_go_both_ways(name: str) -> None:
     both(case, range(3, 6))
     assert ours._used == COMPILED
     assert_same(case)
+
+
+def test_hooks_of_a_load() -> None:
+    """What a hook before made of the state dict is what is loaded, in its precision; one after has the last word."""
+    narrow = [Parameter(torch.zeros(2, 3).bfloat16()), Parameter(torch.zeros(4).bfloat16())]
+    saved = hybridopt.optim.Adam(narrow, amsgrad=True)
+    for p in narrow:
+        p.grad = torch.full_like(p, 0.3)
+    saved.step()
+    for entry in saved.state.values():
+        entry["exp_avg"] = entry["exp_avg"].float() + 2**-20
+    loaded = hybridopt.optim.Adam([Parameter(torch.zeros_like(p)) for p in reversed(narrow)])
+
+    def turned(_: object, told: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "amsgrad": False} for group in told["param_groups"]]
+        entries = {
+            1 - i: {k: v for k, v in e.items() if k != "max_exp_avg_sq"} for i, e in told["state"].items()
+        }
+        return {"state": entries, "param_groups": groups}
+
+    def doubled(optimizer: Any) -> None:
+        for entry in optimizer.state.values():
+            entry["exp_avg"] *= 2
+
+    loaded.register_load_state_dict_pre_hook(turned)
+    loaded.register_load_state_dict_post_hook(doubled)
+    loaded.load_state_dict(saved.state_dict())
+    for p, q in zip(reversed(narrow), loaded.param_groups[0]["params"], strict=True):
+        told = loaded.state[q]
+        assert set(told) == {"step", "exp_avg", "exp_avg_sq"}
+        assert told["exp_avg"].dtype is torch.float32
+        assert torch.equal(told["exp_avg"], 2 * saved.state[p]["exp_avg"])
+        q.grad = torch.ones_like(q)
+    for _ in range(2):
+        loaded.step()
+    assert loaded._used == COMPILED
+
+
+@pytest.mark.parametrize("name", ["ASGD", "NAdam"])
+def test_numbers_that_torch_narrowed(name: str) -> None:
+    """torch gives them the dtype of the weight when it resumes; they are single numbers, and are taken as float32."""
+    references = [Parameter(torch.ones(3).bfloat16())]
+    theirs = getattr(torch.optim, name)(references, lr=0.1)
+    for _ in range(2):
+        references[0].grad = torch.ones_like(references[0])
+        theirs.step()
+        theirs.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    params = [Parameter(references[0].detach().clone())]
+    ours = getattr(hybridopt.optim, name)(params, lr=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    for _ in range(3):
+        params[0].grad = torch.ones_like(params[0])
+        ours.step()
+    assert ours._used == COMPILED
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
