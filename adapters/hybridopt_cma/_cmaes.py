@@ -168,6 +168,7 @@ class CMAES(BlockingMethod):
         draws = self._draws(start)
         best_loss, best_x, spent = math.inf, start.x0, 0
         while True:
+            low, high = math.inf, -math.inf  # of this run's losses
             with draws:
                 es = _begin(schedule.x0, schedule.sigma, options | schedule.changes)
                 if schedule.runs == 0 and start.points is not None:
@@ -177,9 +178,9 @@ class CMAES(BlockingMethod):
                     population = np.clip(np.array(es.ask()), start.lower, start.upper)
                 losses = ask.values(population)
                 spent += len(losses)
-                if np.isfinite(
-                    losses
-                ).any():  # else nothing was learnt: draw again from the same distribution
+                finite = losses[np.isfinite(losses)]
+                if finite.size:  # else nothing was learnt: draw again from the same distribution
+                    low, high = min(low, float(finite.min())), max(high, float(finite.max()))
                     with draws:
                         _tell(es, population, losses)
             stopped = sorted(es.stop())
@@ -188,8 +189,11 @@ class CMAES(BlockingMethod):
             if not schedule.again(es.popsize, spent):
                 break
             spent = 0
+        message = ", ".join(stopped)
+        if low == high:  # which pycma's tolfun takes for convergence
+            return Ending(Reason.STALLED, f"flat: every loss was {low:g} ({message})", best_loss, best_x)
         reason = Reason.STALLED if _FAILED & set(stopped) else Reason.CONVERGED
-        return Ending(reason, ", ".join(stopped), best_loss, best_x)
+        return Ending(reason, message, best_loss, best_x)
 
     def _draws(self, start: Start) -> AbstractContextManager[None]:
         """What pycma is to be called within; 0.1 ms, so only where it draws from NumPy's global generator."""

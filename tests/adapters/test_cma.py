@@ -92,6 +92,17 @@ def test_a_flat_loss_ends_soon() -> None:
     result = hybridopt.minimize(lambda x: (x * 0).sum() + 2, x, "cma.cmaes", budget=2000, seed=0)
     assert result.best_loss == 2
     assert result.evaluations < 2000
+    assert result.reason is Reason.STALLED
+    assert result.message.startswith("flat: every loss was 2 (")
+
+
+def test_a_plateau_after_a_slope_is_not_flat() -> None:
+    x = torch.full((3,), 9.0, dtype=torch.float64)
+    result = hybridopt.minimize(
+        lambda x: torch.relu((x**2).sum() - 40), x, "cma.cmaes(sigma=0.1)", budget=5000, seed=0
+    )
+    assert result.best_loss == 0
+    assert "flat:" not in result.message
 
 
 def test_a_budget_inside_a_generation_evaluates_what_fits() -> None:
