@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class Feasibility:
             with self._evaluation.undone_on_error():
                 values = self._here(request.keep_graph, len(rows) > 1)
             self._accounts.pay(ledgers, cost, 0)
+            self._note_least(ledgers, values)
             told.append(self._finite(values))
         if len(rows) > 1:
             wanted = {self._evaluation.decoded(z).tobytes() for z in rows}
@@ -80,6 +82,29 @@ class Feasibility:
         if request.kind is Kind.LIMITS:
             return Answer(array=self._constraints.limits())
         return Answer(array=np.array(told) if request.x.ndim == 2 else told[0])
+
+    def _note_least(self, ledgers: Sequence[Ledger], values: FloatArray) -> None:
+        """Keep the point where the weights stand if it breaks the constraints least, in ledgers without any loss.
+
+        Methods that ask no loss where constraints are broken would else end without a point where nothing keeps them.
+        """
+        waiting = [ledger for ledger in ledgers if math.isinf(ledger.best_loss)]
+        if not waiting or not self._evaluation.keeps_best:
+            return
+        assert self._constraints is not None
+        violation = self._constraints.violation(values)
+        for ledger in waiting:
+            if violation < ledger.best_violation:
+                ledger.best_violation = violation
+                ledger.best_point = self._evaluation.copy_point(ledger.best_point)
+
+    @staticmethod
+    def make_way(ledgers: Sequence[Ledger], loss: float, probe: bool) -> None:
+        """Let a point whose loss is known go before those kept without one; called before it is booked."""
+        if math.isfinite(loss) and not probe:
+            for ledger in ledgers:
+                if math.isinf(ledger.best_loss):
+                    ledger.best_violation = math.inf
 
     def jacobian(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         """The Jacobian at one point, in solver coordinates; without an array if a function has no graph."""

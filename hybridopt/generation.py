@@ -126,6 +126,7 @@ class Generations:
             value, _ = evaluation.value(fresh, False, False)
             asked = not (probe and feasibility.constrained)
             violation = feasibility.violation_here(False, member=True) if asked else math.inf
+        feasibility.make_way(ledgers, value, probe)
         begun.losses.append(
             self._accounts.book_member(ledgers, value, forward, evaluation.backwards(False), probe, violation)
         )

@@ -48,9 +48,11 @@ class Objective:
             0.1)`: where 0.1 is the size of a residual from which it counts less.
         constraints: what the weights must satisfy beside their bounds: `constraint(model) -> tensor`, not negative; a
             `Constraint`; a list of these, or a mapping from names to them. The best point is then the one of lowest
-            loss among those that keep them all, or, while there is none, the one that breaks them least. Each
-            constraint function costs a forward wherever the loss is evaluated (but not at difference probes, which
-            are never the best then). Only some methods can keep them.
+            loss among those that keep them all, or, while there is none, the one that breaks them least: of those
+            evaluated, or where a method has asked no loss yet, of those whose constraints it asked, with a loss of
+            inf. Each constraint function costs a forward wherever the loss is evaluated (but not at difference
+            probes, which are never the best then), or where a method asks for it alone, which is no evaluation. Only
+            some methods can keep them.
         surrogate: a differentiable stand-in with the same form as `loss`, used for gradients only; best point,
             budget and tracker go by `loss`. A gradient then costs two forwards and a backward.
         nonfinite: `"reject"` (default): a loss that is nan or inf is told as +inf and counted, and 30 questions in

@@ -67,6 +67,7 @@ class Points:
         self._value = value
         forward = 1 + int(want_gradient and surrogate and math.isfinite(value)) + extra
         in_a_row = [ledger.nonfinite_in_a_row for ledger in ledgers]
+        feasibility.make_way(ledgers, value, request.probe)
         self._accounts.book(ledgers, value, forward, evaluation.backwards(told), request.probe, violation)
         if not finite:
             if math.isfinite(value):  # a gradient that is not finite is no finite answer either

@@ -190,6 +190,56 @@ def test_nothing_keeps_them() -> None:
     assert result.violation < 11  # less than at the start
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "differential_evolution(polish=False, popsize=4, maxiter=8)",
+        "differential_evolution(polish=False, popsize=4, maxiter=8, updating=deferred)",
+        "pyswarm.pso(swarmsize=10, maxiter=5)",
+        "pyswarm.pso(swarmsize=10, maxiter=5) > slsqp(maxiter=2)",
+    ],
+)
+def test_methods_that_ask_no_loss_where_they_are_broken_return_the_point_that_breaks_them_least(
+    text: str,
+) -> None:
+    calls: list[float] = []
+
+    def far_off(x: torch.Tensor) -> torch.Tensor:
+        value = x.sum() - 5  # at most -3.5 in the box
+        calls.append(float(value.detach()))
+        return value
+
+    start = torch.zeros(3, dtype=torch.float64)
+    result = hybridopt.minimize(
+        lambda x: (x**2).sum(), start, text, budget="2000fe", bounds=(-1, 0.5), constraints=far_off, seed=0
+    )
+    assert result.violation == pytest.approx(-(result.x.sum() - 5), abs=1e-12)
+    assert result.violation <= -max(calls) + 1e-12
+    assert result.violation < 4.9  # 5 at the start
+    if ">" not in text:
+        assert (result.evaluations, result.best_loss, result.success) == (0, INF, False)
+        assert result.forward == len(calls)
+
+
+@pytest.mark.parametrize("kind, known", [(Kind.VALUE, [2.0, 2.0]), (Kind.POPULATION, [[2.0, 2.0]])])
+def test_a_point_whose_loss_is_known_goes_before_one_that_only_breaks_less(kind: Kind, known: Any) -> None:
+    with Objective(far, torch.zeros(2, dtype=torch.float64), constraints=disc) as objective:
+        ledger = objective.ledger
+        for x, violation in (([2.0, 2.0], 6.0), ([3.0, 1.0], 6.0), ([1.0, 2.0], 3.0)):
+            ask(objective, x, kind=Kind.CONSTRAINTS)
+            assert (ledger.best_violation, ledger.best_loss) == (violation, INF)
+        ask(objective, [2.0, 1.0], probe=True)  # no point of the method's own
+        assert ledger.best_violation == 3.0
+        objective.restore_best()
+        assert objective.vector.read().tolist() == [1.0, 2.0]
+        ask(objective, known, kind=kind)
+        assert (ledger.best_violation, ledger.best_loss) == (6.0, 2.0)
+        ask(objective, [0.0, 0.0], kind=Kind.CONSTRAINTS)  # keeps them, but its loss is unknown
+        assert (ledger.best_violation, ledger.best_loss) == (6.0, 2.0)
+        objective.restore_best()
+    assert objective.vector.read().tolist() == [2.0, 2.0]
+
+
 def test_the_tolerance() -> None:
     for tolerance, kept in ((None, 0.0), (1e-9, 5e-7)):
         rule = Constraint(lambda x: x.sum(), -INF, 1.0, tolerance=tolerance)
