@@ -50,6 +50,12 @@ _ELSEWHERE = {
     "transformation": "the loss",
     "typical_x": "the start",
 }
+# Options for classes of pycma, and which plain values they take besides.
+_CLASSES: dict[str, tuple[bool | None, ...]] = {
+    "AdaptSigma": (True, False, None),
+    "BoundaryHandler": (None,),
+    "CMA_sampler": (None,),
+}
 _SILENT = (
     "verb",
     "vv",
@@ -80,7 +86,8 @@ class CMAES(BlockingMethod):
             each bounded weight, 0.5 for unbounded ones (0.5 × scale in weights).
         popsize: points a generation; None = 4 + 3 ln n.
         maxiter: generations; None = pycma's default.
-        diagonal: learn variances only: O(n) memory and time.
+        diagonal: True = learn variances only: O(n) memory and time. A number >= 2 = do so for that many generations
+            of each run, then learn the whole covariance (pycma's `CMA_diagonal`).
         tolfun, tolx: stop when losses, or points, of late generations differ by less.
         active: learn from the worse half of a generation too.
         restarts: "ipop": start again with twice the popsize when the search has ended (Auger & Hansen 2005); "bipop":
@@ -88,7 +95,9 @@ class CMAES(BlockingMethod):
             at a random point: uniform in the box, normal about the start where there is none.
         max_restarts: after so many restarts the next end is the end.
         extra: any other option of `cma.CMAOptions` by name, as in `extra={"CMA_mu": 3}` (in text
-            `extra=((CMA_mu, 3),)`); values are numbers, text, True, False, None, or tuples of these.
+            `extra=((CMA_mu, 3),)`); values are numbers, text, True, False, None, or tuples of these. `AdaptSigma`
+            takes True or False; `BoundaryHandler`, `CMA_sampler` and other values of `AdaptSigma` are classes of
+            pycma, which neither text nor a saved state can hold, and are refused.
 
     Raises:
         MethodError: an option that pycma does not know, or that is given elsewhere.
@@ -112,7 +121,7 @@ class CMAES(BlockingMethod):
     sigma: float | None = None
     popsize: int | None = None
     maxiter: int | None = None
-    diagonal: bool = False
+    diagonal: bool | int = False
     tolfun: float = 1e-11
     tolx: float = 1e-11
     active: bool = True
@@ -126,6 +135,11 @@ class CMAES(BlockingMethod):
             raise MethodError(f"{self.name}: expected sigma > 0, got {self.sigma!r}")
         if self.popsize is not None and not self.popsize >= 2:
             raise MethodError(f"{self.name}: expected popsize >= 2, got {self.popsize!r}")
+        if not isinstance(self.diagonal, bool) and not self.diagonal >= 2:
+            raise MethodError(
+                f"{self.name}: expected diagonal to be True, False or a number of generations >= 2, "
+                f"got {self.diagonal!r}"
+            )
         if not self.max_restarts >= 0:
             raise MethodError(f"{self.name}: expected max_restarts >= 0, got {self.max_restarts!r}")
         object.__setattr__(self, "extra", self._read_extra())
@@ -153,11 +167,25 @@ class CMAES(BlockingMethod):
                     f"{self.name}: extra has no option {name!r}"
                     + (f"; nearest: {', '.join(near)}" if near else "; see cma.CMAOptions")
                 )
+            if name in _CLASSES and not any(given[name] is value for value in _CLASSES[name]):
+                raise MethodError(
+                    f"{self.name}: expected {name} in extra to be {' or '.join(map(str, _CLASSES[name]))}, got "
+                    f"{given[name]!r}; classes of pycma cannot be given as text"
+                )
+        if weights := given.get("CMA_recombination_weights"):
+            try:
+                cma.recombination_weights.RecombinationWeights(weights)
+            except (AssertionError, TypeError, ValueError) as error:
+                raise MethodError(
+                    f"{self.name}: expected CMA_recombination_weights in extra to be one weight for each point of a "
+                    "generation, from the best to the worst: falling, the positive ones of sum 1, the last one 0 or "
+                    f"less; got {weights!r}"
+                ) from error
         return tuple(sorted(given.items()))
 
     def memory(self, n: int) -> int:
         """Bytes of covariance, its eigenvectors, and their work copies."""
-        return 0 if self.diagonal else 40 * n * n
+        return 0 if self.diagonal is True else 40 * n * n
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
@@ -170,7 +198,7 @@ class CMAES(BlockingMethod):
         while True:
             low, high = math.inf, -math.inf  # of this run's losses
             with draws:
-                es = _begin(schedule.x0, schedule.sigma, options | schedule.changes)
+                es = self._begin(schedule.x0, schedule.sigma, options | schedule.changes)
                 if schedule.runs == 0 and start.points is not None:
                     _inject(es, start.points[: es.popsize // 2])
             while not es.stop():
@@ -195,9 +223,25 @@ class CMAES(BlockingMethod):
         reason = Reason.STALLED if _FAILED & set(stopped) else Reason.CONVERGED
         return Ending(reason, message, best_loss, best_x)
 
+    def _begin(self, x0: FloatArray, sigma: float, options: Mapping[str, Any]) -> Any:
+        import cma
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pycma warns about options and flat losses; endings say the same
+            try:
+                return cma.CMAEvolutionStrategy(x0, sigma, dict(options))
+            except (AssertionError, AttributeError, RecursionError, TypeError, ValueError) as error:
+                if not self.extra:
+                    raise
+                raise MethodError(
+                    f"{self.name}: pycma cannot begin with extra={dict(self.extra)!r}: "
+                    f"{type(error).__name__} {error}".rstrip()
+                ) from error
+
     def _draws(self, start: Start) -> AbstractContextManager[None]:
         """What pycma is to be called within; 0.1 ms, so only where it draws from NumPy's global generator."""
-        return contextlib.nullcontext() if start.integer is None else _OwnDraws(start.seed)
+        switches = not isinstance(self.diagonal, bool)
+        return _OwnDraws(start.seed) if switches or start.integer is not None else contextlib.nullcontext()
 
     def _options(self, start: Start, random: Any, stds: FloatArray | None) -> dict[str, Any]:
         """What pycma is told in every run."""
@@ -246,7 +290,8 @@ class CMAES(BlockingMethod):
 class _OwnDraws:
     """Puts a generator of the run's own, a function of its seed, in the place of NumPy's global one.
 
-    pycma repairs and centres whole numbers by draws from it, whatever `randn` is.
+    Whatever `randn` is, pycma draws from that one to repair whole numbers, and everything once it has switched from
+    variances to the whole covariance.
     """
 
     def __init__(self, seed: int) -> None:
@@ -310,14 +355,6 @@ class _Schedule:
             popsize, self.sigma = self._large, self._sigma
         self.changes = {"popsize": max(popsize, 2)}
         return True
-
-
-def _begin(x0: FloatArray, sigma: float, options: Mapping[str, Any]) -> Any:
-    import cma
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pycma warns about options and flat losses; endings say the same
-        return cma.CMAEvolutionStrategy(x0, sigma, dict(options))
 
 
 def _inject(es: Any, points: FloatArray) -> None:

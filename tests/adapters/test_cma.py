@@ -50,6 +50,30 @@ def theirs(evaluations: int, sigma: float = 0.5, seed: int = 3, **options: Any) 
     return points[:evaluations], es
 
 
+def goes_on(new: Any) -> None:
+    """A run saved after every generation asks the same in a new one as the run that was never saved."""
+
+    def walk(run: Any, states: list[Any] | None = None) -> list[Points]:
+        asked = []
+        with run:
+            while run.reason is None:
+                question = run.optimizer.ask()
+                assert question.x is not None
+                asked.append(question.x.tolist())
+                run.step()
+                if states is not None:
+                    states.append(run.state_dict())
+        return asked
+
+    states: list[Any] = []
+    expected = walk(new(), states)
+    assert len(states) == len(expected) > 5
+    for i, state in enumerate(states[:-1]):
+        run = new()
+        run.load_state_dict(state)
+        assert walk(run) == expected[i + 1 :]
+
+
 @pytest.mark.parametrize("options", [{}, {"popsize": 4}, {"diagonal": True}, {"maxiter": 20}])
 def test_walks_pycmas_path(options: dict[str, Any]) -> None:
     points, result = ours(str(method("cma.cmaes", **options)))
@@ -171,7 +195,12 @@ def test_a_single_bounded_weight() -> None:
 
 @pytest.mark.parametrize(
     "options, text",
-    [({"sigma": 0}, "expected sigma > 0, got 0"), ({"popsize": 1}, "expected popsize >= 2, got 1")],
+    [
+        ({"sigma": 0}, "expected sigma > 0, got 0"),
+        ({"popsize": 1}, "expected popsize >= 2, got 1"),
+        ({"diagonal": 1}, "expected diagonal to be True, False or a number of generations >= 2, got 1"),
+        ({"diagonal": -2}, "expected diagonal to be True, False or a number of generations >= 2, got -2"),
+    ],
 )
 def test_wrong_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(MethodError, match=f"cma.cmaes: {text}"):
@@ -205,11 +234,64 @@ def test_any_option_of_pycma_reaches_it() -> None:
         ({"verb_log": 1}, "extra has no option 'verb_log'"),
         ({"CMA_mu": [1]}, "expected extra to map names of cma.CMAOptions to plain values"),
         (3, "expected extra to map names of cma.CMAOptions to plain values"),
+        ({"AdaptSigma": "CMAAdaptSigmaTPA"}, "expected AdaptSigma in extra to be True or False or None"),
+        ({"AdaptSigma": 1}, "expected AdaptSigma in extra to be True or False or None, got 1"),
+        (
+            {"BoundaryHandler": "BoundPenalty"},
+            "expected BoundaryHandler in extra to be None, got 'BoundPenalty'; class",
+        ),
+        (
+            {"CMA_sampler": "GaussFullSampler"},
+            "expected CMA_sampler in extra to be None, got 'GaussFullSampler'",
+        ),
+        (
+            {"CMA_recombination_weights": (0.7, 0.3)},
+            "one weight for each point of a generation, from the best to",
+        ),
+        ({"CMA_recombination_weights": "abc"}, "one weight for each point of a generation, from the best to"),
     ],
 )
 def test_wrong_extras(extra: Any, text: str) -> None:
     with pytest.raises(MethodError, match=re.escape(text)):
         hybridopt_cma.CMAES(extra=extra)
+
+
+def test_options_that_pycma_refuses_are_named_before_the_first_evaluation() -> None:
+    points: Points = []
+    x = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(MethodError, match=r"pycma cannot begin with extra=\{'CMA_mirrors': 'x'\}: TypeError"):
+        hybridopt.minimize(
+            lambda x: points.append(x.tolist()) or x.sum(),  # type: ignore[func-returns-value]
+            x,
+            hybridopt_cma.CMAES(extra={"CMA_mirrors": "x"}),
+            budget=9,
+        )
+    assert not points
+
+
+def test_classes_have_plain_values_besides() -> None:
+    assert ours("cma.cmaes(extra=((AdaptSigma, True), (CMA_sampler, None)))")[0] == ours("cma.cmaes")[0]
+    assert ours("cma.cmaes(extra=((AdaptSigma, False),))")[0] == theirs(600, AdaptSigma=False)[0]
+    weights = (0.7, 0.3, 0.0, -0.4, -0.6)
+    text = f"cma.cmaes(extra=((CMA_recombination_weights, {weights}),))"
+    assert ours(text)[0] == theirs(600, CMA_recombination_weights=weights)[0]
+
+
+def test_the_whole_covariance_after_some_generations_of_variances() -> None:
+    """pycma's `CMA_diagonal=4`: its own path while diagonal, then one that goes on from a saved state."""
+
+    def new() -> Any:
+        x = torch.tensor(X0, dtype=torch.float64)
+        return hybridopt.Run(rosenbrock, x, "cma.cmaes(diagonal=4)", budget=100, seed=3)
+
+    goes_on(new)
+    later = 5 * 7  # the fifth generation is told to the whole covariance
+    points, _ = ours("cma.cmaes(diagonal=4)", 100)
+    expected, never = theirs(100, CMA_diagonal=4)[0], theirs(100, CMA_diagonal=99)[0]
+    assert points[:later] == expected[:later] == never[:later]
+    assert points[later] != never[later]
+    assert hybridopt_cma.CMAES(diagonal=4).memory(100) == hybridopt_cma.CMAES().memory(100) > 0
+    assert hybridopt_cma.CMAES(diagonal=True).memory(100) == 0
 
 
 @pytest.mark.parametrize("restarts", ["ipop", "bipop"])
@@ -283,30 +365,6 @@ def test_points_handed_over_are_in_the_first_generation(bounds: Any) -> None:
 
 
 # -- draws from NumPy's global generator ---------------------------------------------------------------------------
-
-
-def goes_on(new: Any) -> None:
-    """A run saved after every generation asks the same in a new one as the run that was never saved."""
-
-    def walk(run: Any, states: list[Any] | None = None) -> list[Points]:
-        asked = []
-        with run:
-            while run.reason is None:
-                question = run.optimizer.ask()
-                assert question.x is not None
-                asked.append(question.x.tolist())
-                run.step()
-                if states is not None:
-                    states.append(run.state_dict())
-        return asked
-
-    states: list[Any] = []
-    expected = walk(new(), states)
-    assert len(states) == len(expected) > 5
-    for i, state in enumerate(states[:-1]):
-        run = new()
-        run.load_state_dict(state)
-        assert walk(run) == expected[i + 1 :]
 
 
 @pytest.mark.parametrize("bounds", [(0, 3), (-1, 1), (-5, 5)])
