@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch._compile import (
+    _disable_dynamo,
+)  # torch.compiler.disable without loading the compiler (0.6 s) at import
 
 from hybridopt.errors import MethodError
 
 Implementation: TypeAlias = Literal["auto", "reference", "foreach", "fused"]
 log = logging.getLogger("hybridopt.optim")
+
+
+def outside_graphs(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A `step` that torch.compile calls instead of tracing it, because it reads numbers and addresses."""
+    outside: Callable[..., Any] = _disable_dynamo(step)
+
+    @functools.wraps(step)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        # spelled out: dynamo runs a function as it is, and traces `step`, if it does not name torch in its code
+        if torch.compiler.is_compiling():
+            return outside(*args, **kwargs)
+        return step(*args, **kwargs)
+
+    return chosen
 
 
 class Chosen(torch.optim.Optimizer):

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from hybridopt.errors import MethodError
 from hybridopt.optim._extended import Extended
 from hybridopt.optim._extras import HALVES, StepOptions
+from hybridopt.optim._implementation import outside_graphs
 from hybridopt.optim._shards import like, local, shards_known, whole_norms
 from hybridopt.optim._wide import lost, narrowed, stream
 from hybridopt.optim.own import RuleOptimizer
@@ -97,6 +98,7 @@ class LAMB(Extended):
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one update.
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from hybridopt.errors import MethodError
 from hybridopt.optim._extras import Extras, StepOptions
-from hybridopt.optim._implementation import Chosen
+from hybridopt.optim._implementation import Chosen, outside_graphs
 
 _NUMBERS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 ARMIJO, CURVATURE = 1e-4, 0.9  # Nocedal & Wright 2006, eqs. 3.7a and 3.7b
@@ -97,8 +97,9 @@ class LBFGS(Chosen, torch.optim.LBFGS):
         self._params = self.param_groups[0]["params"]  # torch forgets these two in a pickle
         self._numel_cache = None
 
+    @outside_graphs
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any]) -> Any:
         """Do up to `max_iter` iterations.
 
         Args:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from hybridopt.optim._extended import Extended
 from hybridopt.optim._extras import HALVES, Extras, StepOptions
+from hybridopt.optim._implementation import outside_graphs
 from hybridopt.optim._wide import lost, narrowed, stream
 
 
@@ -62,6 +63,7 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
+    @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one update.
 
@@ -82,7 +84,7 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
             warnings.warn(
                 "SparseAdam: fused was asked for, but there is no compiled loop over rows; gathered rows run instead",
                 RuntimeWarning,
-                stacklevel=3,  # torch's profiling wrapper is between
+                stacklevel=4,  # `outside_graphs` and torch's profiling wrapper are between
             )
         self._guarded_step()
         return loss
