@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from hybridopt.rules import Rule
 # when nobody looks; _disable_dynamo is torch.compiler.disable without loading the compiler (0.6 s) at import.
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
+_SHELF = 16  # sets of plans that are kept
 
 
 class FusedStep(Extended):
@@ -47,6 +49,7 @@ class FusedStep(Extended):
     _live = False  # an option may change without being replaced
     _unscaling = False
     _shards: Shards | None = None
+    _shelf: Mapping[tuple[bool, ...], list[Plan]] = MappingProxyType({})
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
     _flattens = True
 
@@ -142,7 +145,7 @@ class FusedStep(Extended):
         if unscaling is not self._unscaling:
             self._unscaling, plans = unscaling, None
         if plans is None or not self._current(plans):
-            plans = self._prepare()
+            plans = self._shelved() or self._prepare()
         if scaler or self._guarded:
             guarded_step(self, plans)
         elif plans is None:
@@ -189,12 +192,30 @@ class FusedStep(Extended):
         self._live = any(plan.live for plan in plans)
         self._options = Contents([self.param_groups, *(group.values() for group in self.param_groups)])
 
+    def _shelved(self) -> list[Plan] | None:
+        """Plans made before for the weights that have a gradient now: layers and experts may be left out in turn."""
+        plans = self._shelf.get(self._pattern()) if self._unreplaced() else None
+        if plans is None or not all(plan.read_options(self, self.param_groups[plan.index]) for plan in plans):
+            return None
+        self._note_options(plans)
+        return self._adopted(plans) if self._current(plans) else None
+
+    def _unreplaced(self) -> bool:
+        """Whether groups, weights and states are those that plans were made for last."""
+        return self.state is self._states and self.param_groups is self._groups and self._structure.same()
+
+    def _pattern(self) -> tuple[bool, ...]:
+        """What plans differ in when nothing is replaced."""
+        return self._unscaling, *(p.grad is None for group in self.param_groups for p in group["params"])
+
     def _prepare(self) -> list[Plan] | None:
         """Plans for all groups; None, with the reason in `repr`, if this step is not compiled."""
         self._plans = None
         if self._implementation in ("reference", "foreach"):
             self._say(self._otherwise())
             return None
+        shelf = dict(self._shelf) if self._unreplaced() and len(self._shelf) < _SHELF else {}
+        self._shelf = {}
         self._note_structure()
         try:
             plans = self._make_plans()
@@ -209,9 +230,13 @@ class FusedStep(Extended):
             elif asked and not isinstance(reason, FirstStep):
                 self._warn(f"{asked} was asked for, but {reason}; {self._otherwise()} runs instead")
             return None
-        engines = sorted({plan.engine for plan in plans})
-        self._say(f"fused ({', '.join(engines)})")
+        if not self._extras.flatten:
+            self._shelf = shelf | {self._pattern(): plans}
+        return self._adopted(plans)
+
+    def _adopted(self, plans: list[Plan]) -> list[Plan]:
         self._plans = plans
+        self._say(f"fused ({', '.join(sorted({plan.engine for plan in plans}))})")
         return plans
 
     def _make_plans(self) -> list[Plan]:
@@ -237,6 +262,7 @@ class FusedStep(Extended):
     def _settle(self) -> None:
         super()._settle()
         self._plans = self._shards = None
+        self._shelf = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
@@ -246,6 +272,7 @@ class FusedStep(Extended):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = self._shards = None
+        self._shelf = {}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; what `flatten` has moved into one buffer is copied out of it."""

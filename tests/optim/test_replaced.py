@@ -164,3 +164,36 @@ def test_where_memory_cannot_be_read_python_does_the_same(lack: str, monkeypatch
         monkeypatch.undo()
         for cached in (_watch.functions, _watch.counts_versions):
             cached.cache_clear()
+
+
+def test_weights_left_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As experts and layers are: no plan is made twice, and none is used for what was replaced meanwhile."""
+    made = []
+    monkeypatch.setattr(
+        CpuPlan, "_table", lambda self, *given: made.append(self) or _plan.Plan._table(self, *given)
+    )
+    cases = []
+    for kind in (torch.optim.Adam, hybridopt.optim.Adam):
+        weights = [nn.Parameter(torch.full((k + 1,), 1.0 + k)) for k in range(4)]
+        optimizer = kind(weights, lr=0.1)
+        for k in range(30):
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + k)
+            if k == 13:  # while the plan without this weight is in use
+                optimizer.state[weights[k % 4]]["exp_avg"] = torch.full_like(weights[k % 4], -3.0)
+            if k == 20:
+                optimizer.state = type(optimizer.state)(
+                    dict, {p: {n: 1.5 * s for n, s in e.items()} for p, e in optimizer.state.items()}
+                )
+            if k == 25:
+                optimizer.param_groups = [{**optimizer.param_groups[0], "betas": (0.5, 0.9)}]
+            for i, p in enumerate(weights):
+                if i != k % 4:
+                    p.grad = torch.full_like(p, (-1.0) ** k)
+            optimizer.step()
+            if k == 12:
+                begun = len(made)
+        cases.append(weights)
+    for p, q in zip(*cases, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert len(made) - begun == 3 * 4  # after each of the three replacements, for each pattern
