@@ -6,10 +6,21 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from hybridopt.errors import MemoryLimit
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MEMINFO, STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
+CGROUP = Path("/sys/fs/cgroup")
+UNLIMITED = 2**62
 
 
 def fingerprint(*libraries: str) -> dict[str, str]:
@@ -41,16 +52,52 @@ def differences(saved: dict[str, str], now: dict[str, str]) -> str:
 
 
 def available_memory() -> int:
-    """Bytes that can still be allocated without swapping (the whole memory where the system does not say)."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
+    """Bytes that can still be allocated without swapping, within the limits of a container and of the process."""
+    return max(0, min(_of_machine(), _of_group(), _of_process()))
+
+
+def _of_machine() -> int:
+    """What is free without swapping (the whole memory where the system does not say)."""
+    if MEMINFO.exists():
+        for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 2**62
+        return UNLIMITED
+
+
+def _of_group() -> int:
+    """What a container (control groups of version 2 or 1) leaves; the cache of files that it would give up is free."""
+    left = UNLIMITED
+    for folder, limit, usage, cache in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = (folder / limit).read_text().strip()
+            used = int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit():  # "max" = no limit
+            left = min(left, int(most) - used + int(stat.get(cache, 0)))
+    return left
+
+
+def _of_process() -> int:
+    """What `ulimit -v` leaves of the address space."""
+    if resource is None:
+        return UNLIMITED
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return UNLIMITED
+    try:
+        used = int(STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        used = 0
+    return int(limit) - used
 
 
 def require_memory(needed: int, method: str, n: int, way_out: str) -> None:
