@@ -8,9 +8,12 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from hybridopt.gradients import Derivative, GradientMode
-from hybridopt.optimizer import Need
+from hybridopt.machine import require_memory
+from hybridopt.optimizer import HandOver, Need, Optimizer
 from hybridopt.options import Count, NonNegative, Positive, Range, Share, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
+from hybridopt.vector import ParameterVector
+from hybridopt_scipy._gradient import BFGS
 from hybridopt_scipy._minimize import differentiated, ending, given, quiet
 
 
@@ -57,6 +60,13 @@ class BasinHopping(BlockingMethod):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """See `Method.start`."""
+        if not vector.bounded:
+            way_out = f"give bounds (L-BFGS-B needs no such matrices), or {self.memory_advice}"
+            require_memory(BFGS().memory(vector.n), self.label, vector.n, way_out)
+        return super().start(vector, seed, warm)
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""

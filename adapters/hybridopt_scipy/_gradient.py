@@ -281,8 +281,8 @@ class TrustConstr(GradientMinimize):
             )
 
     def memory(self, n: int) -> int:
-        """Bytes of the Hessian and a copy."""
-        return 16 * n * n
+        """Bytes of the Hessian, a copy, and with bounds the matrices of its barrier."""
+        return 20 * n * n
 
     def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
         """See `Minimize.arguments`."""

@@ -151,7 +151,8 @@ class TrustKrylov(TrustRegion):
 class TrustExact(TrustRegion):
     """Newton steps by factorising the Hessian (Conn, Gould and Toint 2000), for up to some hundred weights.
 
-    The fewest iterations of all, convex or not; each costs a whole Hessian. Arguments as in `TrustNCG`.
+    The fewest iterations of all, convex or not; each costs a whole Hessian, and 8 n² bytes of the record from which
+    a run can go on. Arguments as in `TrustNCG`.
 
     Args:
         subproblem_maxiter: factorisations a step; None = as many as it takes.
@@ -173,8 +174,8 @@ class TrustExact(TrustRegion):
     subproblem_maxiter: Count | None = None
 
     def memory(self, n: int) -> int:
-        """Bytes of the Hessian, its factor, and copies."""
-        return 48 * n * n
+        """Bytes of the Hessian as it is computed, and of the solver's, its factor and copies."""
+        return 64 * n * n
 
 
 @dataclass(frozen=True)
@@ -198,5 +199,5 @@ class Dogleg(TrustRegion):
     products: ClassVar[bool] = False
 
     def memory(self, n: int) -> int:
-        """Bytes of the Hessian, its factor, and copies."""
-        return 32 * n * n
+        """Bytes of the Hessian as it is computed, and of the solver's, its factor and copies."""
+        return 64 * n * n

@@ -11,7 +11,7 @@ import scipy.optimize
 import torch
 
 import hybridopt
-from hybridopt.errors import MethodError, NonFiniteLoss, ObjectiveError, StateError
+from hybridopt.errors import MemoryLimit, MethodError, NonFiniteLoss, ObjectiveError, StateError
 from hybridopt.testing import OptimizerContract
 from hybridopt_scipy import LeastSquares
 from tests.driving import BOX
@@ -275,3 +275,27 @@ def test_an_abandoned_run_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
         run.step()
     run.finish()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", ["lm", "trf"])
+def test_a_jacobian_that_does_not_fit_is_refused_before_it_is_made(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many residuals there are shows the first evaluation."""
+    monkeypatch.setattr("hybridopt.machine.available_memory", lambda: 2**20)
+    calls = []
+
+    def fit(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return (x[:, None] * torch.ones(500, dtype=x.dtype)).reshape(-1) - 1
+
+    x = torch.zeros(30, dtype=torch.float64)
+    with pytest.raises(
+        MemoryLimit,
+        match=r"least_squares: .* for 30 weights, .*Jacobian has 15000 rows: return fewer residuals",
+    ):
+        hybridopt.minimize(
+            fit, x, LeastSquares(method=method, gradients="autograd"), budget=9, residuals=True
+        )
+    assert len(calls) == 1
+    assert x.tolist() == [0.0] * 30

@@ -794,7 +794,7 @@ def peak(method: Any, n: int, questions: int) -> int:
         return Answer(float((weights * x**2 + np.cos(x)).sum()))
 
     weights = 1 + np.random.default_rng(0).random(n) * 10
-    box = 2.0 if Need.BOUNDS in method.needs else math.inf
+    box = 2.0 if Need.BOUNDS in method.needs or isinstance(method, TrustConstr) else math.inf
     start = Start(np.linspace(-1, 1, n), np.full(n, -box), np.full(n, box), np.full(n, 2.2e-16), 0)
     tracemalloc.start()
     try:
@@ -827,9 +827,19 @@ def test_memory_is_what_it_takes(method: Any, n: int, questions: int) -> None:
     assert 0.9 * formula < peak(method, n, questions) < 1.5 * formula + 1e5
 
 
-@pytest.mark.parametrize("cls", [NelderMead, Powell, COBYLA, COBYQA, BFGS, SLSQP, TrustConstr, DIRECT, SHGO])
+@pytest.mark.parametrize(
+    "cls", [NelderMead, Powell, COBYLA, COBYQA, BFGS, SLSQP, TrustConstr, DIRECT, SHGO, BasinHopping]
+)
 def test_what_does_not_fit_is_refused(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridopt.machine.available_memory", lambda: 2**20)
     bounds = BOX if Need.BOUNDS in cls.needs else None
     with pytest.raises(MemoryLimit, match=rf"{cls.name}: .* for 500 weights"):
         hybridopt.minimize(lambda x: (x**2).sum(), torch.zeros(500), cls(), budget=5, bounds=bounds)
+
+
+def test_basinhopping_within_bounds_needs_no_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridopt.machine.available_memory", lambda: 2**20)
+    result = hybridopt.minimize(
+        lambda x: (x**2).sum(), torch.ones(500), BasinHopping(), budget=20, bounds=(-2, 2)
+    )
+    assert result.best_loss < 1e-6

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import subprocess
+import sys
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import hybridopt
 from hybridopt import Reason
-from hybridopt.errors import MissingGradient
+from hybridopt.errors import MemoryLimit, MissingGradient
 from hybridopt.testing import OptimizerContract
 from hybridopt_scipy import Dogleg, NewtonCG, TrustExact, TrustKrylov, TrustNCG
 from tests.driving import rosenbrock
@@ -140,3 +142,33 @@ def test_a_closure_that_calls_backward() -> None:
 
     with pytest.raises(MissingGradient, match=r"no graph to the weights.*scipy.bfgs"):
         hybridopt.minimize(closure, [x], "newton_cg", budget=50)
+
+
+MEASURE = """
+import resource, sys
+import torch, hybridopt
+def fit(n):
+    f = lambda x: (torch.linspace(1, 11, n, dtype=x.dtype) * x**2 + torch.cos(x)).sum()
+    hybridopt.minimize(f, torch.linspace(-1, 1, n, dtype=torch.float64), sys.argv[1], budget=3, seed=0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = fit(8)
+print((fit(1200) - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the unit of ru_maxrss is that of Linux")
+@pytest.mark.parametrize("cls", [TrustExact, Dogleg])
+def test_memory_is_what_it_takes(cls: Any) -> None:
+    """Of a process, since the Hessian is made outside NumPy."""
+    told = subprocess.run(
+        [sys.executable, "-c", MEASURE, cls.name], capture_output=True, text=True, check=True
+    )
+    assert 0.75 < int(told.stdout) / cls().memory(1200) < 1.25
+
+
+@pytest.mark.parametrize("cls", [TrustExact, Dogleg])
+def test_what_does_not_fit_is_refused(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridopt.machine.available_memory", lambda: 60 * 500**2)
+    with pytest.raises(MemoryLimit, match=rf"{cls.name}: .* for 500 weights"):
+        hybridopt.minimize(lambda x: (x**2).sum(), torch.zeros(500), cls(), budget=5)
