@@ -172,6 +172,7 @@ class FusedStep(Extended):
             return False
         if self._live or not self._options.same():
             if not all(plan.read_options(self, self.param_groups[plan.index]) for plan in plans):
+                self._versions = Versions()  # asked once more, the answer is the same
                 return False
             self._note_options(plans)
         if not written:

@@ -38,7 +38,7 @@ class Ineligible(Exception):
 
 
 class Broken(Ineligible):
-    """A compiler fails at what it should be able to: said by a warning, asked for or not."""
+    """A compiler is missing, or fails at what it should be able to: said by a warning, asked for or not."""
 
 
 class FirstStep(Ineligible):
@@ -326,7 +326,7 @@ def _engine(device: str) -> type[Plan]:
     else:
         raise Ineligible(f"a weight is on {device}")
     if why:
-        raise Ineligible(why)
+        raise Broken(why)
     return plan
 
 

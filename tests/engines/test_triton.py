@@ -515,9 +515,9 @@ def test_numbers_that_loading_widens(name: str) -> None:
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "available", lambda: "Triton is not installed")
     p = Parameter(torch.ones(2, device=DEVICE))
-    optimizer = hybridopt.optim.RMSprop([p], fused=True)
+    optimizer = hybridopt.optim.RMSprop([p])
     p.grad = torch.ones_like(p)
-    with pytest.warns(RuntimeWarning, match="fused was asked for, but Triton is not installed; torch's own"):
+    with pytest.warns(RuntimeWarning, match="RMSprop: Triton is not installed; torch's own"):
         optimizer.step()
 
 
