@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._implementation import Implementation
 
+Implementation: TypeAlias = Literal["auto", "reference", "foreach", "fused"]
 HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.float64, *HALVES)
 
@@ -20,17 +20,21 @@ class StepOptions(TypedDict, total=False):
 
     `LBFGS` takes `implementation` alone; `flatten` is for elementwise steps (not Adafactor, LAMB, Muon, SparseAdam).
 
-    16-bit weights are always computed in float32. All of this runs inside the fused loop; where that cannot be used,
+    16-bit weights are computed in float32, but under torch's `differentiable=True`, whose steps are torch's own in the
+    dtype of the weights. All of this runs inside the fused loop; where that cannot be used,
     torch's own code runs on float32 copies (slower, same results up to rounding).
 
     Args:
         implementation: `"auto"` (default): the fastest that gives the right result; `"fused"`: one compiled loop, with
             one warning where that cannot be; `"foreach"`, `"reference"`: torch's own list functions, torch's own loop.
+            Every class takes torch's spelling as well: `foreach=True` is `"foreach"`, `fused=True` is `"fused"`, both
+            False are `"reference"`; one of them False leaves `"auto"` its choice.
         state_dtype: dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in
             torch.
         stochastic_rounding: bfloat16 weights and states are rounded up or down at random, right on average, so that
-            updates smaller than half a digit are not lost. The bits depend on seed, step, tensor and element alone, on
-            any device. Default False.
+            updates smaller than half a digit are not lost. The bits depend on seed, step, tensor and element alone (of
+            a DTensor: on its shard too), on any device. float16 is rounded to the nearest, with one warning. Default
+            False.
         kahan_sum: what rounding takes from a 16-bit weight is kept in one more state, `kahan_comp` (2 bytes a weight),
             and added back at the next step. Default False.
         max_grad_norm: the rule sees gradients scaled down so that the 2-norm of all of them is at most this, as after
@@ -38,7 +42,7 @@ class StepOptions(TypedDict, total=False):
             None.
         nonfinite: if a gradient is nan or inf: step as torch does (`"ignore"`, default), leave weights and states alone
             and count it in `skipped_steps` (`"skip"`), or raise `NonFiniteLoss` before anything is changed (`"raise"`).
-        seed: of stochastic rounding. Default 0. Not in the state dict: give it again when you resume.
+        seed: of stochastic rounding, 0 to 2**32 - 1. Default 0. Not in the state dict: give it again when you resume.
         flatten: weights, states and gradients of one device and dtype are moved into one buffer each, and stepped in
             one go; same bits. The tensor objects stay, as views (starting at multiples of 64 elements), but for
             `.grad`. Gradients remain in their buffer only under `zero_grad(set_to_none=False)`; others are read where
@@ -135,4 +139,6 @@ class Extras:
             )
         if isinstance(extras.seed, bool) or not isinstance(extras.seed, int):
             raise MethodError(f"{name}: expected seed to be a whole number, got {extras.seed!r}")
+        if not 0 <= extras.seed < 1 << 32:
+            raise MethodError(f"{name}: expected 0 <= seed < 2**32, got {extras.seed}")
         return extras

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -108,7 +111,7 @@ def test_special_numbers_survive(name: str) -> None:
     """Infinite and nan weights and gradients stay what float32 makes of them."""
     for dtype in HALVES:
         p = Parameter(torch.tensor([1.0, float("inf"), float("nan"), 2.0, -1.0, 1.0], dtype=dtype))
-        optimizer = make(name, [p], stochastic_rounding=True)
+        optimizer = make(name, [p], stochastic_rounding=dtype is torch.bfloat16)
         for _ in range(3):
             p.grad = torch.tensor([1.0, 1.0, 1.0, float("nan"), float("inf"), 0.0], dtype=dtype)
             optimizer.step()
@@ -489,11 +492,45 @@ def test_options_that_change_nothing_cost_nothing(dtype: torch.dtype) -> None:
     results = []
     for stochastic in (False, True):
         params = weights(dtype)
-        optimizer = make("SGD", params, stochastic_rounding=stochastic)
+        told = pytest.warns(RuntimeWarning) if stochastic and dtype is torch.float16 else nullcontext()
+        with told:
+            optimizer = make("SGD", params, stochastic_rounding=stochastic)
         run(optimizer, params, range(3))
         assert optimizer._used == COMPILED
         results.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AMSGrad", "Lion", "LAMB", "Adafactor", "SparseAdam"])
+def test_float16_is_not_rounded_at_random_and_says_so_once(name: str) -> None:
+    def warned(act: Callable[[], Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            act()
+        assert all(
+            one.category is RuntimeWarning and one.lineno == act.__code__.co_firstlineno for one in told
+        )
+        return [str(one.message) for one in told]
+
+    def group(dtype: torch.dtype) -> dict[str, Any]:
+        return {"params": weights(dtype)}
+
+    def made(dtype: torch.dtype, **options: Any) -> list[str]:
+        cls = getattr(hybridopt.optim, name)
+        return warned(lambda: cls([group(torch.float32), group(dtype)], **options))
+
+    (message,) = made(torch.float16, stochastic_rounding=True)
+    assert message == (
+        f"{name}: stochastic_rounding is for bfloat16; float16 weights and states are rounded to the nearest; make "
+        "them bfloat16, or give kahan_sum=True instead"
+    )
+    assert made(torch.float32, state_dtype=torch.float16, stochastic_rounding=True) == [message]
+    assert made(torch.float16) == made(torch.float16, kahan_sum=True) == []
+    assert made(torch.bfloat16, stochastic_rounding=True) == []
+    later = getattr(hybridopt.optim, name)(weights(torch.bfloat16), stochastic_rounding=True)
+    assert warned(lambda: later.add_param_group(group(torch.float32))) == []
+    assert len(warned(lambda: later.add_param_group(group(torch.float16)))) == 1
+    assert warned(lambda: later.add_param_group(group(torch.float16))) == []
 
 
 def test_compensation_that_is_not_asked_for_stays() -> None:
@@ -567,6 +604,8 @@ def test_no_group_key_is_added() -> None:
         ({"seed": True}, "expected seed to be a whole number"),
         ({"nonfinite": "stop"}, "expected nonfinite to be ignore, skip or raise"),
         ({"seed": 0.5}, "expected seed to be a whole number"),
+        ({"seed": -1}, "expected 0 <= seed < 2\\*\\*32, got -1"),
+        ({"seed": 1 << 32}, "expected 0 <= seed < 2\\*\\*32, got 4294967296"),
         ({"stochastic_rounding": "no"}, "expected stochastic_rounding to be True or False, got 'no'"),
         ({"kahan_sum": 1}, "expected kahan_sum to be True or False, got 1"),
         ({"rounding": "stochastic"}, "unknown option rounding"),
