@@ -61,6 +61,7 @@ class BayesianOptimization(PopulationMethod):
     Raises:
         MethodError: an option of the wrong type or sign.
         BoundsError: a weight without two finite bounds.
+        MemoryLimit: the points before the model, 2 n + 2 of n numbers, do not fit.
 
     Example:
         >>> import numpy as np, hybridopt
@@ -78,6 +79,7 @@ class BayesianOptimization(PopulationMethod):
     name: ClassVar[str] = "bayes"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
     takes: ClassVar[frozenset[str]] = frozenset({"points"})
+    memory_advice: ClassVar[str] = "select fewer weights (select=...), or give a small initial="
 
     popsize: int = 1
     initial: int | None = None
@@ -87,9 +89,13 @@ class BayesianOptimization(PopulationMethod):
         require_at_least(self, popsize=1, initial=2)
 
     def memory(self, n: int) -> int:
-        """Bytes of the points, the kernel's matrices, and the points among which the best one is sought."""
-        tried = DRAWN + NEAR * BEST
-        return 8 * ((MOST + 4 * tried) * n + MOST * (6 * MOST + 4 * tried))
+        """Bytes of the design while it is drawn, or with the points, the kernel's matrices and the points tried."""
+        tried, design = DRAWN + NEAR * BEST, self.first(n) * n
+        return 8 * max(4 * design, design + (MOST + 4 * tried) * n + MOST * (6 * MOST + 4 * tried))
+
+    def first(self, n: int) -> int:
+        """Points before the model is asked."""
+        return 2 * n + 2 if self.initial is None else self.initial
 
     def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
         """See `PopulationMethod.begin`."""
@@ -126,8 +132,7 @@ class _Model(Strategy):
         if known and not (self.x == start.x0).all(1).any():
             self.x, self.losses = np.vstack([start.x0, self.x]), np.append(start.loss, self.losses)
         self.told = len(self.x)
-        size = 2 * start.n + 2 if method.initial is None else method.initial
-        size = max(0, size - self.told)
+        size = max(0, method.first(start.n) - self.told)
         strata = rng.permuted(np.tile(np.arange(size), (start.n, 1)), axis=1).T
         self.design = self._outside((strata + rng.random((size, start.n))) / max(size, 1))
         if size and not known:

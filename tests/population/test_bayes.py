@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.stats import multivariate_normal, norm
 
 import hybridopt
 from hybridopt import ParameterVector, Run, tune
-from hybridopt.errors import BoundsError, MethodError
+from hybridopt.errors import BoundsError, MemoryLimit, MethodError
 from hybridopt.population import BayesianOptimization, bayes
 from hybridopt.population import _gaussian_process as gp
 from hybridopt.population._gaussian_process import GaussianProcess, log_expected_improvement, misfit
@@ -343,3 +344,18 @@ def test_checkpoints_say_what_choices_there_are() -> None:
     )
     other.load_state_dict(run.state_dict())
     assert other.start.choices == ((0, 2),)
+
+
+def test_memory_is_that_of_the_first_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many weights the design, 2 n + 2 points, needs most."""
+    n, method = 1500, BayesianOptimization()
+    vector = ParameterVector(torch.zeros(n, dtype=torch.float64), bounds=BOX)
+    tracemalloc.start()
+    method.start(vector, 0).ask()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.9 * method.memory(n) < peak < 1.1 * method.memory(n)
+    monkeypatch.setattr("hybridopt.machine.available_memory", lambda: 9 * 10**7)  # of 1.44e8
+    with pytest.raises(MemoryLimit, match=r"bayes: .* for 1500 weights, .*; select fewer.*small initial="):
+        method.start(vector, 0)
+    BayesianOptimization(initial=20).start(vector, 0)
