@@ -79,7 +79,8 @@ class CMAES(BlockingMethod):
 
     The first choice without gradients for 2 to a few hundred weights with interacting effects. O(n²) memory and
     time a generation. Weights that are `integer` are told to it as `integer_variables`; points handed over by a
-    predecessor are injected into the first generation.
+    predecessor are injected into the first generation, up to half of it; one's own points are handed to `start` (see
+    the example), inside the bounds.
 
     Args:
         sigma: initial standard deviation in solver coordinates, shared by all weights; None = 0.3 × the range of
@@ -110,6 +111,12 @@ class CMAES(BlockingMethod):
         >>> r = hybridopt.minimize(f, np.zeros(3), CMAES(sigma=0.5), budget=1000, seed=1)
         >>> r.best_loss < 1e-8
         True
+        >>> from hybridopt.optimizer import HandOver
+        >>> vector = hybridopt.Objective(f, np.zeros(3), bounds=(-2, 2)).vector
+        >>> known = vector.encode(np.array([[1.0, 1.0, 1.1], [0.9, 1.0, 1.0]]))
+        >>> optimizer = CMAES().start(vector, seed=1, warm=HandOver(points=known))
+        >>> optimizer.ask().x[:2].round(9).tolist()
+        [[1.0, 1.0, 1.1], [0.9, 1.0, 1.0]]
     """
 
     name: ClassVar[str] = "cma.cmaes"

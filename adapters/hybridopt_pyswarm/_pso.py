@@ -31,7 +31,8 @@ class PSO(BlockingMethod):
     therefore never follows from a budget. The default coefficients are those of constriction (Clerc & Kennedy 2002);
     pyswarm's own, 0.5 each, stall on curved valleys. Of particles that break constraints the loss is not asked.
     Weights that are `integer` are whole numbers to pyswarm too, unless they are `log` besides. Points handed over by a
-    predecessor take the places of the first particles.
+    predecessor take the places of the first particles; one's own points are handed to `start` (see the example), inside
+    the bounds.
 
     Args:
         swarmsize: particles; one generation is that many evaluations.
@@ -53,6 +54,12 @@ class PSO(BlockingMethod):
         >>> r = hybridopt.minimize(f, np.ones(2), PSO(), budget=2000, bounds=(-2, 2), seed=0)
         >>> r.best_loss < 1e-3
         True
+        >>> from hybridopt.optimizer import HandOver
+        >>> vector = hybridopt.Objective(f, np.ones(2), bounds=(-2, 2)).vector
+        >>> known = vector.encode(np.array([[0.1, 0.0], [0.0, 0.2]]))
+        >>> optimizer = PSO().start(vector, seed=0, warm=HandOver(points=known))
+        >>> optimizer.ask().x.tolist()
+        [0.1, 0.0]
     """
 
     name: ClassVar[str] = "pyswarm.pso"
