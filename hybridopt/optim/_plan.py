@@ -181,7 +181,11 @@ class Plan(abc.ABC):
         """Take over changed hyperparameters; False if one is not a number in the compiled variant."""
         if group["params"] is not self.everything:
             return False
-        if self.flags != optimizer._flags_by_name(group) or self._refuses(group):
+        if (
+            self.flags != optimizer._flags_by_name(group)
+            or group.get("differentiable")
+            or self._refuses(group)
+        ):
             return False
         self._take(optimizer._hyper(group))
         self.live = any(_mutable(value) for _, value in _objects(group))

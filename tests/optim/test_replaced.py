@@ -166,6 +166,14 @@ def test_where_memory_cannot_be_read_python_does_the_same(lack: str, monkeypatch
             cached.cache_clear()
 
 
+def test_a_step_that_is_to_be_differentiable_from_now_on() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = begun(p)
+    optimizer.param_groups[0]["differentiable"] = True
+    step(optimizer, p)
+    assert "differentiable=True" in optimizer._used
+
+
 def test_weights_left_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As experts and layers are: no plan is made twice, and none is used for what was replaced meanwhile."""
     made = []
