@@ -29,6 +29,9 @@ from hybridopt.start import Ending, Start
 from hybridopt.text import method as read_method
 from hybridopt.vector import ParameterVector
 
+USUAL = "adam(lr=0.05)"  # in units in which the standard deviations are at first ...
+UNIT = 0.5  # ... as wide as this, so that steps are a tenth of them
+
 
 def centered_ranks(popsize: int) -> FloatArray:
     """Weights from -1/2 for the lowest loss to 1/2 for the highest, shape (popsize,), sum 0."""
@@ -48,19 +51,20 @@ class _Updates(Protocol):
 class _ES(PopulationMethod):
     """Options and checks that both share."""
 
-    optimizer: str | Method | type = "adam(lr=0.05)"
+    optimizer: str | Method | type | None = None
     sigma: float | None = None
     popsize: int | None = None
     patience: int = 100
 
     def __post_init__(self) -> None:
-        given = read_method(self.optimizer)
-        if not isinstance(given, _Updates) or given.closure:
-            raise MethodError(
-                f"{self.name}: expected one torch optimizer whose step takes one gradient, e.g. 'adam(lr=0.05)', "
-                f"got {str(given)!r}"
-            )
-        object.__setattr__(self, "optimizer", str(given))
+        if self.optimizer is not None:
+            given = read_method(self.optimizer)
+            if not isinstance(given, _Updates) or given.closure:
+                raise MethodError(
+                    f"{self.name}: expected one torch optimizer whose step takes one gradient, e.g. "
+                    f"'adam(lr=0.05)', got {str(given)!r}"
+                )
+            object.__setattr__(self, "optimizer", str(given))
         check_options(self)
         require_positive(self, "sigma")
         require_at_least(self, popsize=2, patience=1)
@@ -72,8 +76,27 @@ class _ES(PopulationMethod):
         return 2 + int(1.5 * math.log(n)) if self.popsize is None else self.popsize // 2
 
     def memory(self, n: int) -> int:
-        """Bytes of one generation, center, spread, an optimizer with two moments, and work copies."""
-        return 8 * n * (2 * self.pairs(n) + 9)
+        """Bytes of one generation, center, spread, units, an optimizer with two moments, and work copies."""
+        return 8 * n * (2 * self.pairs(n) + 11)
+
+    def updates(self) -> Method:
+        """The optimizer of the center.
+
+        Raises:
+            MethodError: it cannot take a step with a dense gradient of a vector.
+        """
+        chosen = read_method(USUAL if self.optimizer is None else self.optimizer)
+        vector = torch.zeros(2, dtype=torch.float64)
+        try:
+            trial = chosen.start(ParameterVector(vector), 0)
+            vector.grad = torch.ones_like(vector)
+            trial.tell(Answer(0.0))
+        except (RuntimeError, ValueError) as error:
+            raise MethodError(
+                f"{self.name}: expected an optimizer that takes dense gradients of a vector, e.g. 'adam(lr=0.05)', "
+                f"got {str(chosen)!r} ({error})"
+            ) from error
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -93,15 +116,16 @@ class OpenAIES(_ES):
     Args:
         optimizer: a gradient method in text (`"adam(lr=0.05)"`, `"sgd(lr=0.1, momentum=0.9)"`), a method, or a
             `torch.optim.Optimizer` class; it updates the center, in float64 and in solver coordinates. A tenth of
-            `sigma` is a good step for Adam and its like.
+            `sigma` is a good step for Adam and its like. None = Adam with such steps, weight by weight, whatever
+            their ranges: `adam(lr=0.05)` in units in which sigma is 0.5.
         sigma: standard deviation in solver coordinates; None = handed over, or 0.3 × the range of each bounded
             weight, 0.5 for unbounded ones.
         popsize: points a generation, even; None = 4 + 2 ⌊1.5 ln n⌋.
         patience: stalled after this many generations in a row whose losses were all equal.
 
     Raises:
-        MethodError: the optimizer is none of torch, needs a closure (LBFGS), or has limits of its own; another
-            option is of the wrong type or sign.
+        MethodError: the optimizer is none of torch, needs a closure (LBFGS), matrices (Muon) or sparse gradients
+            (SparseAdam), or has limits of its own; another option is of the wrong type or sign.
 
     Example:
         >>> import numpy as np, hybridopt
@@ -182,18 +206,20 @@ class _OpenAI(Strategy):
     def serve(self, method: _ES, start: Start) -> Strategy:
         """Take options and start, and begin the optimizer on a tensor of its own."""
         self.method, self.start, self.room = method, start, Room(start)
-        self.center = torch.tensor(start.x0)
-        bounds = np.stack([start.lower, start.upper], axis=1)
-        self.optimizer = read_method(method.optimizer).start(
-            ParameterVector(self.center, bounds=bounds), start.seed
-        )
+        self.unit: FloatArray | None = None  # of the optimizer's coordinates; None = those of the solver
+        x0, bounds = start.x0, np.stack([start.lower, start.upper], axis=1)
+        if method.optimizer is None and (self.sigma != UNIT).any():
+            self.unit = self.sigma / UNIT
+            x0, bounds = x0 / self.unit, bounds / self.unit[:, None]
+        self.center = torch.tensor(x0)
+        self.optimizer = method.updates().start(ParameterVector(self.center, bounds=bounds), start.seed)
         return self
 
     @property
     def mu(self) -> FloatArray:
-        """The center, shape (n,): the tensor's own memory."""
+        """The center, shape (n,), in solver coordinates: the tensor's own memory if it is in them."""
         center: FloatArray = self.center.numpy()
-        return center
+        return center if self.unit is None else center * self.unit
 
     def ask(self, rng: np.random.Generator) -> Rows:
         """All mu + sigma z, then all mu - sigma z; before the first of them the start, unless its loss is known."""
@@ -211,7 +237,10 @@ class _OpenAI(Strategy):
         self.fresh = False
         weights = share_by_rank(told, centered_ranks(len(told))) / len(told)
         first, second = weighted_moments(drawn, self.mu, self.sigma, weights)
-        self.center.grad = torch.from_numpy(self.gradient(first))
+        # gradients in the optimizer's units, with sigma in them
+        self.center.grad = torch.from_numpy(
+            self.gradient(first, self.sigma if self.unit is None else self.sigma / self.unit)
+        )
         self.optimizer.tell(Answer(float(told.min())))
         self.adapt(second)
         self.idle = self.idle + 1 if told.min() == told.max() else 0
@@ -231,9 +260,9 @@ class _OpenAI(Strategy):
         """See `Strategy.hand_over`: the width of the blur."""
         return handed(self.sigma**2)
 
-    def gradient(self, first: FloatArray) -> FloatArray:
+    def gradient(self, first: FloatArray, sigma: FloatArray) -> FloatArray:
         """The center's gradient from the mean of `w z`: of the loss blurred by sigma (section 2)."""
-        return first / self.sigma
+        return first / sigma
 
     def adapt(self, second: FloatArray) -> None:
         """Learn from the mean of `w z²`: nothing here."""
@@ -256,9 +285,9 @@ class _OpenAI(Strategy):
 class _PGPE(_OpenAI):
     """A center's gradient in the paper's scale, and standard deviations that are learnt."""
 
-    def gradient(self, first: FloatArray) -> FloatArray:
+    def gradient(self, first: FloatArray, sigma: FloatArray) -> FloatArray:
         """The mean of `w epsilon`, epsilon = sigma z."""
-        return first * self.sigma
+        return first * sigma
 
     def adapt(self, second: FloatArray) -> None:
         """The mean of `w (z² - 1)`, w summing to 0: wider where wide points were better."""

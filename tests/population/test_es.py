@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hybridopt
-from hybridopt import Reason, method
+from hybridopt import Reason, Run, method
 from hybridopt.errors import MethodError
 from hybridopt.optim import Adam
 from hybridopt.population._large import weighted_moments
@@ -52,7 +52,7 @@ def test_the_estimate_for_a_linear_loss_is_its_slope() -> None:
         strategy, rng = begin(OpenAIES(sigma=0.2, popsize=popsize), [1.0, 2.0, 3.0], loss=0.0)
         x = strategy.ask(rng)
         moments, _ = weighted_moments(x, strategy.mu, strategy.sigma, (x @ slope + 50) / popsize)
-        errors.append(np.abs(strategy.gradient(moments) - slope).max())
+        errors.append(np.abs(strategy.gradient(moments, strategy.sigma) - slope).max())
     assert errors[1] < 0.15
     assert errors[1] < 0.3 * errors[0]
 
@@ -145,8 +145,8 @@ def test_pgpe_solves_with(optimizer: str) -> None:
 
 
 def test_solves() -> None:
-    assert solved(OpenAIES(sigma=0.1), bowl, 5, 1600, 0.1, seeds=5) == 5
-    assert solved(OpenAIES(sigma=0.1), valley, 2, 4000, 0.1, seeds=5) >= 4
+    assert solved(OpenAIES("adam(lr=0.05)", sigma=0.1), bowl, 5, 1600, 0.1, seeds=5) == 5
+    assert solved(OpenAIES("adam(lr=0.05)", sigma=0.1), valley, 2, 4000, 0.1, seeds=5) >= 4
     assert solved(PGPE("sgd(lr=5.0)", lr_sigma=0.5), bowl, 5, 3000, 1e-4, seeds=5) == 5
 
 
@@ -188,7 +188,8 @@ def test_the_optimizer_in_any_form() -> None:
     forms = ["adam(lr=0.1)", "adam( lr = .1 )", method("adam", lr=0.1), method(Adam, lr=0.1)]
     assert {OpenAIES(form) for form in forms} == {OpenAIES("adam(lr=0.1)")}
     assert str(OpenAIES(forms[2])) == "openai_es(optimizer='adam(lr=0.1)')"
-    assert str(OpenAIES("adam(lr=0.05)")) == "openai_es"
+    assert method(str(OpenAIES(forms[2]))) == OpenAIES("adam(lr=0.1)")
+    assert (str(OpenAIES()), method("openai_es(optimizer=None)")) == ("openai_es", OpenAIES())
     assert OpenAIES(Adam).optimizer == "adam"
 
 
@@ -210,3 +211,30 @@ def test_unfinished_numbers_never_reach_the_center() -> None:
     strategy.tell(x, np.array([math.inf, 1.0, math.inf, 2.0]), rng)
     assert np.isfinite(strategy.mu).all()
     assert strategy.mu.tolist() != [1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", [OpenAIES, PGPE])
+def test_by_default_steps_follow_sigma(kind: Any) -> None:
+    """The same loss in a box of any size is searched on the same path up to scale, each weight in its own."""
+
+    def path(width: Any) -> Any:
+        box: Any = np.stack([-width, width], axis=1)
+        return np.concatenate(first(25, kind(popsize=6), lambda x: bowl(x / width), 0.3 * width, box)) / width
+
+    middle = path(np.ones(2))
+    assert np.abs(middle[-6:].mean(0) - 0.3).max() > 0.1
+    for width in (np.full(2, 1e-3), np.full(2, 1e3), np.array([1e-3, 1e3])):
+        np.testing.assert_allclose(path(width), middle, rtol=1e-9, atol=1e-12)
+    # sigma of an unbounded weight is 0.5
+    free, given = (first(10, kind(optimizer), valley, [-1.2, 1.0]) for optimizer in (None, "adam(lr=0.05)"))
+    for a, b in zip(free, given, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [OpenAIES, PGPE])
+@pytest.mark.parametrize("optimizer", ["torch.sparse_adam(lr=0.05)", "torch.muon(lr=0.05)"])
+def test_optimizers_of_other_gradients_are_refused_at_the_start(kind: Any, optimizer: str) -> None:
+    with pytest.raises(
+        MethodError, match=rf"{kind.name}: expected an optimizer that takes dense gradients .*got"
+    ):
+        Run(bowl, np.zeros(3), kind(optimizer), budget=100)
