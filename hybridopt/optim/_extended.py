@@ -22,7 +22,6 @@ class Extended(Chosen):
     A subclass calls `_configure` at the end of its `__init__`, and `_guarded_step` for a step.
     """
 
-    _extras = Extras()
     _guarded = False  # gradients are read before the step
     _skipped: int | Tensor = 0
     _spread: Spread = []  # noqa: RUF012 - replaced as a whole; of DTensors, while they are stepped

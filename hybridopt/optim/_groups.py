@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from hybridopt.optim._extended import Extended
+from hybridopt.optim._implementation import outside_graphs
 
 BATCHED = "batched by shape"
-_is_compiling = torch.compiler.is_compiling
 
 
 class GroupStep(Extended):
@@ -32,6 +31,7 @@ class GroupStep(Extended):
     def _torchs(self, why: str) -> str:
         return f"{self._otherwise()}: {why}" if why else self._otherwise()
 
+    @outside_graphs  # grouping by shape and reading norms is not for torch.compile to trace
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one update.
 
@@ -41,8 +41,6 @@ class GroupStep(Extended):
         Returns:
             The closure's loss, or None.
         """
-        if _is_compiling():  # grouping by shape and reading norms is not for torch.compile to trace
-            return _outside_the_graph(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -54,12 +52,9 @@ class GroupStep(Extended):
                 f"{type(self).__name__}: fused was asked for, but a step over whole matrices has no fused kernel; "
                 f"{self._used} runs instead",
                 RuntimeWarning,
-                stacklevel=3,  # torch's profiling wrapper is between
+                stacklevel=4,  # torch's profiling wrapper and `outside_graphs` are between
             )
         return loss
-
-
-_outside_the_graph: Callable[..., Any] = _disable_dynamo(GroupStep.step)
 
 
 def same_shaped(params: Sequence[Tensor], limit: int) -> Iterator[list[int]]:
