@@ -256,6 +256,8 @@ class Objective:
             }
             parts.append(cost[self.evaluation.closure_backward])
         parts.append(repr(self._generations.batch))
+        if self._generations.gradient_batch.wanted:
+            parts.append(f"with gradients {self._generations.gradient_batch!r}")
         if self.surrogate is not None:
             parts.append("gradients of a surrogate")
         return f"Objective({', '.join(parts)}; {self.vector!r}; {self.ledger!r})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,18 @@ def test_a_reason_is_not_a_call_for_reports() -> None:
     """torch's text asks for an issue at its own place; users of ours would follow it."""
     told = batching._first_line(RuntimeError("no batching rule for x. Please file us an issue\nsecond line"))
     assert told == "RuntimeError: no batching rule for x."
+
+
+def test_it_is_said_how_batches_with_gradients_were_evaluated() -> None:
+    """Populations and these have a batch each, of their own size, and each a reason of its own where there is none."""
+    x = np.arange(12.0).reshape(6, 2)
+    with Objective(lambda x: (x**2).sum(), torch.ones(2, dtype=torch.float64)) as objective:
+        assert "with gradients" not in repr(objective)
+        objective.values_and_gradients(x)
+        assert re.search(
+            r"tensor, populations not asked yet, with gradients populations \d+ rows a forward;",
+            repr(objective),
+        )
+    with Objective(lambda x: (x**2).sum(), torch.ones(2), batch="loop") as objective:
+        objective.values_and_gradients(x)
+        assert re.search(r"with gradients populations one by one \(.+\)", repr(objective))
