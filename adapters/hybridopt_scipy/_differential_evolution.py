@@ -27,7 +27,9 @@ class DifferentialEvolution(BlockingMethod):
     Robust on rough losses of up to some tens of weights. With `updating="deferred"` a generation is one question
     (one batched forward where the loss can be batched); "immediate", SciPy's default, asks member by member and often
     needs fewer of them. With `gradients="none"` on float64 weights it walks SciPy's own path bit for bit
-    (rng=default_rng(seed), x0 = the start). Of members that break constraints the loss is not asked.
+    (rng=default_rng(seed), x0 = the start). Of members that break constraints the loss is not asked: each costs a
+    forward a constraint function but no evaluation, so with constraints a budget of evaluations may last very long (to
+    `maxiter` where nothing keeps them); give one in forward-equivalents (`"2000fe"`).
 
     Args:
         strategy: which differences are added to whom, in SciPy's words.
