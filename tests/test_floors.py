@@ -61,6 +61,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hybridopt/differences.py",
         "hybridopt/engines/",
         "hybridopt/gradients.py",
+        "hybridopt/initial.py",
         "hybridopt/journal.py",
         "hybridopt/solver.py",
         "hybridopt/start.py",

@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridopt.errors import MethodError
+from hybridopt.initial import read_points, with_points
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import Need
+from hybridopt.optimizer import HandOver, Need, Optimizer
 from hybridopt.options import check_options
 from hybridopt.randomness import derive_seed
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
+from hybridopt.vector import ParameterVector
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -79,8 +81,7 @@ class CMAES(BlockingMethod):
 
     The first choice without gradients for 2 to a few hundred weights with interacting effects. O(n²) memory and
     time a generation. Weights that are `integer` are told to it as `integer_variables`; points handed over by a
-    predecessor are injected into the first generation, up to half of it; one's own points are handed to `start` (see
-    the example), inside the bounds.
+    predecessor, and those of `initial`, are injected into the first generation, up to half of it.
 
     Args:
         sigma: initial standard deviation in solver coordinates, shared by all weights; None = 0.3 × the range of
@@ -99,9 +100,13 @@ class CMAES(BlockingMethod):
             `extra=((CMA_mu, 3),)`); values are numbers, text, True, False, None, or tuples of these. `AdaptSigma`
             takes True or False; `BoundaryHandler`, `CMA_sampler` and other values of `AdaptSigma` are classes of
             pycma, which neither text nor a saved state can hold, and are refused.
+        initial: points to inject into the first generation, shape (k, n), in the weights' own units and order; they do
+            not move the mean, which begins where the weights stand.
 
     Raises:
-        MethodError: an option that pycma does not know, or that is given elsewhere.
+        MethodError: an option that pycma does not know, or that is given elsewhere; initial points of another number of
+            weights, or more than half a generation of them.
+        BoundsError: an initial point lies outside the bounds.
         MemoryLimit: its matrices of n² doubles do not fit.
 
     Example:
@@ -111,12 +116,10 @@ class CMAES(BlockingMethod):
         >>> r = hybridopt.minimize(f, np.zeros(3), CMAES(sigma=0.5), budget=1000, seed=1)
         >>> r.best_loss < 1e-8
         True
-        >>> from hybridopt.optimizer import HandOver
-        >>> vector = hybridopt.Objective(f, np.zeros(3), bounds=(-2, 2)).vector
-        >>> known = vector.encode(np.array([[1.0, 1.0, 1.1], [0.9, 1.0, 1.0]]))
-        >>> optimizer = CMAES().start(vector, seed=1, warm=HandOver(points=known))
-        >>> optimizer.ask().x[:2].round(9).tolist()
-        [[1.0, 1.0, 1.1], [0.9, 1.0, 1.0]]
+        >>> known = ((1.0, 1.0, 1.1), (0.9, 1.0, 1.0))
+        >>> r = hybridopt.minimize(f, np.zeros(3), CMAES(initial=known), budget=7, seed=1)
+        >>> r.best_loss < 0.011
+        True
     """
 
     name: ClassVar[str] = "cma.cmaes"
@@ -135,6 +138,7 @@ class CMAES(BlockingMethod):
     restarts: Literal["none", "ipop", "bipop"] = "none"
     max_restarts: int = 9
     extra: Any = ()
+    initial: Any = ()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -150,6 +154,7 @@ class CMAES(BlockingMethod):
         if not self.max_restarts >= 0:
             raise MethodError(f"{self.name}: expected max_restarts >= 0, got {self.max_restarts!r}")
         object.__setattr__(self, "extra", self._read_extra())
+        object.__setattr__(self, "initial", read_points(self.name, self.initial))
 
     def _read_extra(self) -> tuple[tuple[str, Any], ...]:
         """The further options as sorted pairs, which can be hashed and printed."""
@@ -194,6 +199,10 @@ class CMAES(BlockingMethod):
         """Bytes of covariance, its eigenvectors, and their work copies."""
         return 0 if self.diagonal is True else 40 * n * n
 
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """See `Method.start`."""
+        return super().start(vector, seed, with_points(self.label, self.initial, vector, warm))
+
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
         random = np.random.RandomState(start.seed)
@@ -207,7 +216,7 @@ class CMAES(BlockingMethod):
             with draws:
                 es = self._begin(schedule.x0, schedule.sigma, options | schedule.changes)
                 if schedule.runs == 0 and start.points is not None:
-                    _inject(es, start.points[: es.popsize // 2])
+                    self._inject(es, start.points[: es.popsize // 2])
             while not es.stop():
                 with draws:
                     population = np.clip(np.array(es.ask()), start.lower, start.upper)
@@ -244,6 +253,16 @@ class CMAES(BlockingMethod):
                     f"{self.name}: pycma cannot begin with extra={dict(self.extra)!r}: "
                     f"{type(error).__name__} {error}".rstrip()
                 ) from error
+
+    def _inject(self, es: Any, points: FloatArray) -> None:
+        """Let the first generation contain these points."""
+        if len(self.initial) > len(points):
+            raise MethodError(
+                f"{self.name}: expected at most {len(points)} initial points, half of popsize={es.popsize}, got "
+                f"{len(self.initial)}; give fewer, or raise popsize"
+            )
+        for x in points:
+            es.inject([es.gp.geno(x, from_bounds=es.boundary_handler.inverse)], force=True)
 
     def _draws(self, start: Start) -> AbstractContextManager[None]:
         """What pycma is to be called within; 0.1 ms, so only where it draws from NumPy's global generator."""
@@ -362,12 +381,6 @@ class _Schedule:
             popsize, self.sigma = self._large, self._sigma
         self.changes = {"popsize": max(popsize, 2)}
         return True
-
-
-def _inject(es: Any, points: FloatArray) -> None:
-    """Let the first generation contain these points."""
-    for x in points:
-        es.inject([es.gp.geno(x, from_bounds=es.boundary_handler.inverse)], force=True)
 
 
 def _sides(values: FloatArray) -> list[float | None]:

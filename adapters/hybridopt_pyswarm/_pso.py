@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from hybridopt.carrier import Abandoned, Isolation
 from hybridopt.errors import MethodError
+from hybridopt.initial import read_points, with_points
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import Need
+from hybridopt.optimizer import HandOver, Need, Optimizer
 from hybridopt.options import check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
+from hybridopt.vector import ParameterVector
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 _WORST = 1e299  # pyswarm takes 1e300 and above for infeasible, and prints when nothing else is left
@@ -30,9 +32,8 @@ class PSO(BlockingMethod):
     pyswarm draws the random numbers of all iterations at the start, so its path depends on `maxiter`, which
     therefore never follows from a budget. The default coefficients are those of constriction (Clerc & Kennedy 2002);
     pyswarm's own, 0.5 each, stall on curved valleys. Of particles that break constraints the loss is not asked.
-    Weights that are `integer` are whole numbers to pyswarm too, unless they are `log` besides. Points handed over by a
-    predecessor take the places of the first particles; one's own points are handed to `start` (see the example), inside
-    the bounds.
+    Weights that are `integer` are whole numbers to pyswarm too, unless they are `log` besides. The points of
+    `initial`, then those handed over by a predecessor, take the places of the first particles.
 
     Args:
         swarmsize: particles; one generation is that many evaluations.
@@ -41,10 +42,12 @@ class PSO(BlockingMethod):
         maxiter: generations after the first.
         minstep, minfunc: stop when the swarm's best moves, or improves, by less.
         patience: stop after this many generations without improvement; 0 = never.
+        initial: where the first particles begin, shape (k, n), in the weights' own units and order.
 
     Raises:
-        BoundsError: a weight has no finite bounds.
-        MethodError: a constraint is an equality, which hardly any particle keeps.
+        BoundsError: a weight has no finite bounds; an initial point lies outside them.
+        MethodError: a constraint is an equality, which hardly any particle keeps; initial points of another number of
+            weights, or more of them than particles.
         MemoryLimit: 16 * maxiter * swarmsize * n bytes of random numbers do not fit.
 
     Example:
@@ -54,11 +57,8 @@ class PSO(BlockingMethod):
         >>> r = hybridopt.minimize(f, np.ones(2), PSO(), budget=2000, bounds=(-2, 2), seed=0)
         >>> r.best_loss < 1e-3
         True
-        >>> from hybridopt.optimizer import HandOver
-        >>> vector = hybridopt.Objective(f, np.ones(2), bounds=(-2, 2)).vector
-        >>> known = vector.encode(np.array([[0.1, 0.0], [0.0, 0.2]]))
-        >>> optimizer = PSO().start(vector, seed=0, warm=HandOver(points=known))
-        >>> optimizer.ask().x.tolist()
+        >>> known = ((0.1, 0.0), (0.0, 0.2))
+        >>> hybridopt.minimize(f, np.ones(2), PSO(initial=known), budget=1, bounds=(-2, 2), seed=0).x.tolist()
         [0.1, 0.0]
     """
 
@@ -79,16 +79,26 @@ class PSO(BlockingMethod):
     minstep: float = 1e-8
     minfunc: float = 1e-8
     patience: int = 0
+    initial: Any = ()
 
     def __post_init__(self) -> None:
         check_options(self)
         for option in ("swarmsize", "maxiter"):
             if not getattr(self, option) >= 1:
                 raise MethodError(f"{self.name}: expected {option} >= 1, got {getattr(self, option)!r}")
+        object.__setattr__(self, "initial", read_points(self.name, self.initial))
+        if len(self.initial) > self.swarmsize:
+            raise MethodError(
+                f"{self.name}: expected at most swarmsize={self.swarmsize} initial points, got {len(self.initial)}"
+            )
 
     def memory(self, n: int) -> int:
         """Bytes of the random numbers drawn up front."""
         return 16 * self.maxiter * self.swarmsize * n
+
+    def start(self, vector: ParameterVector, seed: int, warm: HandOver | None = None) -> Optimizer:
+        """See `Method.start`."""
+        return super().start(vector, seed, with_points(self.label, self.initial, vector, warm))
 
     def solve(self, ask: Ask, start: Start) -> Ending:
         """See `BlockingMethod.solve`."""
@@ -125,7 +135,7 @@ class PSO(BlockingMethod):
         return Ending(reason, r.message, math.inf if loss >= _WORST else loss, start.clip(np.asarray(r.x)))
 
     def _swarm(self, start: Start) -> FloatArray:
-        """The first positions, shape (swarmsize, n): the points handed over, the rest drawn from the box."""
+        """The first positions, shape (swarmsize, n): the known points, the rest drawn from the box."""
         assert start.points is not None
         random = np.random.default_rng(start.seed)
         swarm: FloatArray = random.uniform(start.lower, start.upper, (self.swarmsize, start.n))
