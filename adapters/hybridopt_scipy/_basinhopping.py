@@ -13,8 +13,7 @@ from hybridopt.optimizer import HandOver, Need, Optimizer
 from hybridopt.options import Count, NonNegative, Positive, Range, Share, check_options
 from hybridopt.solver import Ask, BlockingMethod, Ending, Start
 from hybridopt.vector import ParameterVector
-from hybridopt_scipy._gradient import BFGS
-from hybridopt_scipy._minimize import differentiated, ending, given, quiet
+from hybridopt_scipy._minimize import bfgs_memory, differentiated, ending, given, quiet
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class BasinHopping(BlockingMethod):
         """See `Method.start`."""
         if not vector.bounded:
             way_out = f"give bounds (L-BFGS-B needs no such matrices), or {self.memory_advice}"
-            require_memory(BFGS().memory(vector.n), self.label, vector.n, way_out)
+            require_memory(bfgs_memory(vector.n), self.label, vector.n, way_out)
         return super().start(vector, seed, warm)
 
     def solve(self, ask: Ask, start: Start) -> Ending:

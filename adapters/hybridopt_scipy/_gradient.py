@@ -14,7 +14,7 @@ from hybridopt.gradients import narrow
 from hybridopt.optimizer import Need
 from hybridopt.options import Count, NonNegative, Positive, Share
 from hybridopt.solver import Ask, Start
-from hybridopt_scipy._minimize import GradientMinimize, Restrictions
+from hybridopt_scipy._minimize import GradientMinimize, Restrictions, bfgs_memory
 
 _FREE: frozenset[Need] = frozenset({Need.GRADIENT})
 _BOUNDED: frozenset[Need] = frozenset({Need.GRADIENT, Need.BOUNDS})
@@ -90,8 +90,8 @@ class BFGS(GradientMinimize):
     c2: Share = 0.9
 
     def memory(self, n: int) -> int:
-        """Bytes of the inverse Hessian, a unit matrix, and the temporaries of its update."""
-        return 48 * n * n
+        """See `bfgs_memory`."""
+        return bfgs_memory(n)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ def given(method: Any, *without: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and name not in without}
 
 
+def bfgs_memory(n: int) -> int:
+    """Bytes that BFGS needs: the inverse Hessian, a unit matrix, and the temporaries of its update."""
+    return 48 * n * n
+
+
 # -- what all of SciPy's solvers have in common ------------------------------------------------------------------
 
 
