@@ -7,32 +7,32 @@ memory, rounding needs 16 bits only, and 32-bit multiplications are cheap on eve
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 FIRST, SECOND, GOLDEN = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
 _MASK = 0xFFFFFFFF
+Number = TypeVar("Number", int, Tensor)
 
 
-def mix(x: int) -> int:
-    """A bijection of 32-bit numbers that scatters neighbours."""
+def mix(x: Number) -> Number:
+    """A bijection of 32-bit numbers (tensors of them are int64) that scatters neighbours."""
     x = ((x ^ (x >> 16)) * FIRST) & _MASK
     x = ((x ^ (x >> 15)) * SECOND) & _MASK
     return x ^ (x >> 16)
 
 
-def key(seed: int, step: int, tensor: int, column: int) -> int:
-    """The stream of one column (0 the weight, then the states) of one tensor at one step."""
+def key(seed: int, step: Number, tensor: int, column: int) -> Number:
+    """The stream of one column (0 the weight, then the states) of one tensor at one step.
+
+    A step count that is an int64 tensor on a device need not be fetched: the stream is one, too.
+    """
     return mix((mix((mix((mix(seed & _MASK) + step) & _MASK) + tensor) & _MASK) + column) & _MASK)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * FIRST) & _MASK
-    x = ((x ^ (x >> 15)) * SECOND) & _MASK
-    return x ^ (x >> 16)
-
-
-def rounded(x: Tensor, stream: int, places: Tensor | None = None) -> Tensor:
+def rounded(x: Tensor, stream: int | Tensor, places: Tensor | None = None) -> Tensor:
     """float32 `x` as bfloat16, up with the probability that makes it right on average.
 
     `places`: the number of each element in its tensor; None = `x` is whole, and they follow each other in memory.
@@ -43,7 +43,7 @@ def rounded(x: Tensor, stream: int, places: Tensor | None = None) -> Tensor:
         told = rounded(flat, stream, torch.arange(x.numel(), device=x.device))
         torch.as_strided(out, (x.numel(),), (1,)).copy_(told)
         return out
-    noise = _mix(_mix(places & _MASK) ^ stream ^ ((places >> 32) * GOLDEN & _MASK)) & 0xFFFF
+    noise = mix(mix(places & _MASK) ^ stream ^ ((places >> 32) * GOLDEN & _MASK)) & 0xFFFF
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _MASK
     up = (bits + noise) & 0xFFFF0000
     special = (bits & 0x7F800000) == 0x7F800000  # inf and nan have no neighbours to choose from

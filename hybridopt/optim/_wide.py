@@ -108,20 +108,25 @@ class _Lent:
             and name not in ("step", "kahan_comp", *self.optimizer._numbers())
         )
 
-    def _stream(self, column: int, states: dict[str, Any]) -> int | None:
+    def _stream(self, column: int, states: dict[str, Any]) -> int | Tensor | None:
         return stream(self.extras, self.p.dtype, states, self.number, column)
 
 
 def stream(
     extras: Extras, weight: torch.dtype, states: Mapping[str, Any], number: int, column: int
-) -> int | None:
+) -> int | Tensor | None:
     """The noise of one column (0 the weight, then the states) of a weight's step; None = round to the nearest."""
     if not extras.stochastic_rounding or (column == 0 and extras.kahan_for(weight)):
         return None
-    return _noise.key(extras.seed, int(states["step"]), number, column)
+    step = states["step"]
+    if isinstance(step, Tensor) and step.device.type != "cpu":  # nothing waits for it
+        return _noise.key(extras.seed, step.to(torch.int64), number, column)
+    return _noise.key(extras.seed, int(step), number, column)
 
 
-def narrowed(x: Tensor, dtype: torch.dtype, noise: int | None, places: Tensor | None = None) -> Tensor:
+def narrowed(
+    x: Tensor, dtype: torch.dtype, noise: int | Tensor | None, places: Tensor | None = None
+) -> Tensor:
     """`x` as it is stored; `places`: of its elements in the memory of what they are part of."""
     if x.dtype is dtype:
         return x

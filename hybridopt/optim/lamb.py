@@ -98,6 +98,11 @@ class LAMB(Extended):
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
+    @property
+    def skipped_steps(self) -> int:
+        """See `Extended.skipped_steps`; the directions count."""
+        return int(self._skipped) + (0 if self._directions is None else self._directions.skipped_steps)
+
     @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one update.
@@ -120,21 +125,22 @@ class LAMB(Extended):
     def _torch_step(self) -> None:
         """The directions' step, which also looks for gradients to be clipped or refused; then the weights'."""
         directions = self._ready()
-        before = directions.skipped_steps
+        before = directions._skipped
+        before = before.clone() if isinstance(before, Tensor) else before
         try:
             directions._update()  # not `step`: hooks of all optimizers are to see ours alone
             self._say(directions._used)
-            self._skipped += directions.skipped_steps - before
-            if directions.skipped_steps == before:
+            done = directions._skipped == before  # on a device a tensor, for which nothing waits
+            if done is not False:
                 for index in range(len(self.param_groups)):
-                    self._move(index, directions.param_groups[index]["params"])
+                    self._move(index, directions.param_groups[index]["params"], done)
         finally:  # gradients are not ours to keep
             for scratch in directions.param_groups:
                 for u in scratch["params"]:
                     u.grad = None
 
-    def _move(self, index: int, directions: list[Tensor]) -> None:
-        """Move the weights of a group, 16-bit ones as float32."""
+    def _move(self, index: int, directions: list[Tensor], done: bool | Tensor) -> None:
+        """Move the weights of a group, 16-bit ones as float32, unless the step of the directions was skipped."""
         group = self.param_groups[index]
         numbers = self._streams(index)
         moved = [i for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -146,7 +152,7 @@ class LAMB(Extended):
         for weight, w in zip(weights, wide, strict=True):
             if "kahan_comp" in self.state[weight] and self._extras.kahan_for(weight.dtype):
                 w.add_(local(self.state[weight]["kahan_comp"]))
-        _move(wide, [local(directions[i]) for i in moved], weights, float(group["lr"]))
+        _move(wide, [local(directions[i]) for i in moved], weights, group["lr"], done)
         for i, weight, p, w in zip(moved, weights, params, wide, strict=True):
             if w is not p:
                 state = self.state[weight]
@@ -158,6 +164,7 @@ class LAMB(Extended):
         """The directions' optimizer, its options, gradients and states being ours of now."""
         directions = self._directions
         if directions is None or not directions.fits(self.param_groups):
+            self._skipped = self.skipped_steps
             directions = self._directions = _Directions(self)
         for group, scratch in zip(self.param_groups, directions.param_groups, strict=True):
             scratch.update((key, group[key]) for key in (*_SHARED, "param_names") if key in group)
@@ -185,7 +192,7 @@ class _Directions(RuleOptimizer):
         scratch = [
             {
                 **{key: g[key] for key in _SHARED},
-                "params": [torch.empty_like(p, dtype=_wide(p.dtype)) for p in g["params"]],
+                "params": [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in g["params"]],
             }
             for g in lamb.param_groups
         ]
@@ -225,12 +232,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
-def _move(params: list[Tensor], directions: list[Tensor], weights: list[Tensor], lr: float) -> None:
-    """Set x to x - lr * |x| / |u| * u, of shards with the norms of their weights."""
+def _move(
+    params: list[Tensor],
+    directions: list[Tensor],
+    weights: list[Tensor],
+    lr: float | Tensor,
+    done: bool | Tensor,
+) -> None:
+    """Set x to x - lr * |x| / |u| * u, of shards with the norms of their weights; x stays where not `done`."""
     device = params[0].device
     norms = torch.stack([n.to(device) for n in _norms([*params, *directions])]).view(2, -1)
     lengths, steps = whole_norms(norms, weights)
     ratios = torch.where((lengths > 0) & (steps > 0), lengths / steps, 1.0)
+    if isinstance(lr, Tensor):
+        ratios, lr = ratios * lr.to(device), 1.0
+    if isinstance(done, Tensor):
+        ratios = torch.where(done.to(device), ratios, 0.0)
     beside = [ratio.to(p.device) for ratio, p in zip(ratios.unbind(), params, strict=True)]
     torch._foreach_addcmul_(params, directions, beside, value=-lr)
 

@@ -258,6 +258,43 @@ def test_step_without_waiting(name: str) -> None:
         assert optimizer.skipped_steps == skipped
 
 
+@pytest.mark.parametrize("options", [{}, {"kahan_sum": True}], ids=str)
+def test_lamb_does_not_wait_either(options: dict[str, Any]) -> None:
+    """Whether the directions were skipped is not asked, so the weights stay by what is told on the device."""
+    dtype = torch.bfloat16 if options else torch.float32
+    params = on_device(precision.weights(dtype)[:3])
+    lr = torch.tensor(0.01, device=DEVICE)
+    optimizer = hybridopt.optim.LAMB(params, lr=lr, max_grad_norm=1.0, nonfinite="skip", **options)
+    twins = on_device(precision.weights(dtype)[:3])
+    twin = hybridopt.optim.LAMB(twins, lr=0.01, max_grad_norm=1.0, nonfinite="skip", **options)
+    for k in range(7):
+        gradients = [torch.randn(p.shape, device=DEVICE).to(dtype) for p in params]
+        if k in (0, 3):
+            gradients[1][0] = math.nan
+        give(params, gradients)
+        before = (
+            precision.bits(params, optimizer) if optimizer.state else [p.detach().clone() for p in params]
+        )
+        if k < 3:
+            optimizer.step()
+        else:
+            with no_waiting():
+                optimizer.step()
+        after = precision.bits(params, optimizer)
+        if k in (0, 3):
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
+        else:
+            give(twins, gradients)
+            twin.step()
+    assert optimizer._used == FUSED
+    assert optimizer.skipped_steps == 2
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6 if dtype is torch.float32 else 2**-8, atol=1e-6)
+    optimizer.add_param_group({"params": on_device([torch.ones(2)])})
+    optimizer.step()
+    assert optimizer.skipped_steps == 2
+
+
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_what_a_grad_scaler_leaves_out_is_not_counted(nonfinite: str) -> None:
     """As on the CPU: its verdict comes first."""

@@ -226,6 +226,9 @@ def test_hash_is_the_same_in_all_engines() -> None:
 
 def test_key_depends_on_everything() -> None:
     keys = {_noise.key(*k) for k in np.ndindex(4, 5, 6, 3)}
+    for seed, step, tensor, column in ((0, 1, 2, 0), (2**32 - 1, 2**30, 7 + 3 * _noise.GOLDEN, 2)):
+        counted = _noise.key(seed, torch.tensor(step), tensor, column)
+        assert int(counted) == _noise.key(seed, step, tensor, column)
     assert len(keys) == 4 * 5 * 6 * 3
     x = torch.full((4000,), 1 + 2**-9)
     streams = [_noise.rounded(x, _noise.key(0, 1, 2, c)) for c in range(2)]
