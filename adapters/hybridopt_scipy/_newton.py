@@ -175,7 +175,7 @@ class TrustExact(TrustRegion):
 
     def memory(self, n: int) -> int:
         """Bytes of the Hessian as it is computed, and of the solver's, its factor and copies."""
-        return 64 * n * n
+        return 80 * n * n
 
 
 @dataclass(frozen=True)
