@@ -4,11 +4,11 @@ Run: python benchmarks/optimizer_step.py [--quick] [--write]
 
 Everything is measured in turn in one process, in float32, with gradients that stay where they are ("kept") and with
 gradients that are new tensors at every step ("fresh": what `zero_grad()` and a backward pass leave). torch's best is
-the fastest median of its for-loop, foreach, fused (where it has it) and `torch.compile`d step (that
-one for the smallest model only: its compilation takes minutes for the others). Both sides keep their own
-wrappers: profiler range, hooks. A side takes so many steps in a row (200, 100 and 1) that for the small sizes the
-first one counts little, which after the others' turn finds its memory out of the caches (SGD of 104k weights, one
-thread: 20 in a row give 3.4 to 5.6, 100 in a row 4.5 to 6.0).
+the fastest median of its for-loop, foreach, fused (where it has it) and `torch.compile`d step (that one for the
+smallest model only: its compilation takes minutes for the others). Both sides keep their own wrappers: profiler range,
+hooks. Options and the set of gradients stay; `changing_step.py` is for where they do not. A side takes so many steps in
+a row (200, 100 and 1) that for the small sizes the first one counts little, which after the others' turn finds its
+memory out of the caches (SGD of 104k weights, one thread: 20 in a row give 3.4 to 5.6, 100 in a row 4.5 to 6.0).
 
 "floor" is what a step of ours must do whatever the rule, each part called alone, the least of many times: to ask if
 lists and dicts are as they were, to ask where tensors and gradients are, and the compiled loop itself, which also
