@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from _measure import interleaved, ratio, record, summary
-from optimizer_step import SIZES, make
+from optimizer_step import SIZES, eager, make
 
 import hybridopt.optim
 
@@ -50,12 +50,9 @@ def changing(kind: str, optimizer: Any, params: list[torch.nn.Parameter], per: i
 def compare(name: str, size: str, kind: str, quick: bool) -> dict[str, Any]:
     shapes = SIZES[size]
     per = 200 if len(shapes) == 4 else 50
-    theirs = getattr(torch.optim, name)
-    variants: dict[str, dict[str, Any]] = {"for-loop": {"foreach": False}}
-    if kind != "tensor":  # torch refuses it
-        variants["foreach"] = {"foreach": True}
-    if name in ("SGD", "Adam", "AdamW", "Adagrad"):
-        variants["fused"] = {"fused": True}
+    theirs, variants = getattr(torch.optim, name), eager(name)
+    if kind == "tensor":  # torch refuses it
+        del variants["foreach"]
     sides = {"ours": make(getattr(hybridopt.optim, name), shapes)}
     sides |= {key: make(theirs, shapes, **options) for key, options in variants.items()}
     for optimizer, _ in sides.values():
