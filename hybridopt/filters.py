@@ -17,7 +17,11 @@ alone = threading.RLock()
 def changed(
     action: Literal["ignore", "error"], message: str = "", category: type[Warning] = Warning
 ) -> Iterator[None]:
-    """Treat such warnings so for a while, as `warnings.filterwarnings`."""
+    """Treat such warnings so for a while, as `warnings.filterwarnings`.
+
+    Not while a solver asks a question, since losses would wait for it; nor in a solver with a thread of its own, whose
+    caller holds `alone`.
+    """
     with alone, warnings.catch_warnings():
         warnings.filterwarnings(action, message, category)
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hybridopt import filters
 from hybridopt.errors import MethodError
 from hybridopt.initial import read_points, with_points
 from hybridopt.ledger import Reason
@@ -242,8 +242,7 @@ class CMAES(BlockingMethod):
     def _begin(self, x0: FloatArray, sigma: float, options: Mapping[str, Any]) -> Any:
         import cma
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pycma warns about options and flat losses; endings say the same
+        with filters.changed("ignore"):  # pycma warns about options and flat losses; endings say the same
             try:
                 return cma.CMAEvolutionStrategy(x0, sigma, dict(options))
             except (AssertionError, AttributeError, RecursionError, TypeError, ValueError) as error:
@@ -392,6 +391,5 @@ def _tell(es: Any, population: FloatArray, losses: FloatArray) -> None:
     finite = np.isfinite(losses)
     worst = float(losses[finite].max())
     told = np.where(finite, losses, worst + abs(worst) + 1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with filters.changed("ignore"):
         es.tell(list(population), told.tolist())

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
-from torch._compile import (
-    _disable_dynamo,
-)  # torch.compiler.disable without loading the compiler (0.6 s) at import
+from torch._compile import _disable_dynamo  # see `_base.py`
 
 from hybridopt.errors import MethodError
 from hybridopt.optim._extras import Extras, Implementation
