@@ -126,6 +126,6 @@ def test_budget_of_137_is_spent_exactly_unless_converged(one_thread: None) -> No
 
 
 def test_the_same_again(comparison: tuple[Tracker, list[int]]) -> None:
-    again = compare()
+    again = compare(Counted(), SEED_COMPARISON)
     for first, second in zip(comparison[0].runs, again.runs, strict=True):
         assert first.column("loss") == second.column("loss"), first.label

@@ -296,10 +296,11 @@ def test_the_whole_covariance_after_some_generations_of_variances() -> None:
 
 @pytest.mark.parametrize("restarts", ["ipop", "bipop"])
 def test_restarts_find_what_one_run_does_not(restarts: Any) -> None:
-    def best(method: Any) -> tuple[float, list[int]]:
+    def best(seed: int, **options: Any) -> tuple[float, list[int]]:
         sizes: list[int] = []
-        x = torch.full((3,), 2.2, dtype=torch.float64)
-        run = hybridopt.Run(bumpy, x, method, budget=12000, bounds=(-5, 5), seed=4)
+        x = torch.full((2,), 2.2, dtype=torch.float64)
+        method = hybridopt_cma.CMAES(popsize=6, **options)
+        run = hybridopt.Run(bumpy, x, method, budget=12000, bounds=(-5, 5), seed=seed)
         with run:
             while run.reason is None:
                 question = run.optimizer.ask()
@@ -308,18 +309,21 @@ def test_restarts_find_what_one_run_does_not(restarts: Any) -> None:
                 run.step()
         return run.result().best_loss, sizes
 
-    alone, sizes = best(hybridopt_cma.CMAES(popsize=6))
-    assert alone > 0.5
-    assert set(sizes) == {6}
-    again, sizes = best(hybridopt_cma.CMAES(popsize=6, restarts=restarts))
-    assert again < 1e-6
-    larger = sorted(set(sizes))
-    assert {6, 12} <= set(larger)
-    if restarts == "ipop":
-        assert all(size == 6 * 2**k for k, size in enumerate(larger))
-        assert sizes == sorted(sizes)
-    else:
-        assert sizes != sorted(sizes)  # small runs follow large ones
+    # one seed's luck depends on the processor: of 24 seeds one run finds it for 3, restarts for 23 and 24
+    seeds = range(5)
+    alone = [best(seed) for seed in seeds]
+    assert sum(loss < 1e-6 for loss, _ in alone) < 3
+    assert all(set(sizes) == {6} for _, sizes in alone)
+    again = [best(seed, restarts=restarts, max_restarts=20) for seed in seeds]
+    assert sum(loss < 1e-6 for loss, _ in again) > 3
+    for _, sizes in again:
+        larger = sorted(set(sizes))
+        if restarts == "ipop":
+            assert larger == [6 * 2**k for k in range(len(larger))]
+            assert sizes == sorted(sizes)
+    assert any({6, 12} <= set(sizes) for _, sizes in again)
+    if restarts == "bipop":
+        assert any(sizes != sorted(sizes) for _, sizes in again)  # small runs follow large ones
 
 
 def test_restarts_end() -> None:

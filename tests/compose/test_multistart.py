@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hybridopt
 from hybridopt import Method, MultiStart, Reason, Run, method
+from hybridopt.batch import ULPS
 from hybridopt.compose._halving import Turns
 from hybridopt.compose.multistart import Together
 from hybridopt.errors import ClosedError, MethodError, MissingGradient, NonFiniteLoss, StateError
@@ -449,7 +450,8 @@ def test_a_model_ends_with_the_best_point_of_all_starts() -> None:
         budget=2000,
         seed=1,
     )
-    assert model.loss().item() == pytest.approx(result.best_loss, rel=1e-6)
+    far = ULPS * torch.finfo(torch.float32).eps  # of a batch from the loop
+    assert model.loss().item() == pytest.approx(result.best_loss, rel=far)
     single = Net()
     one = hybridopt.minimize(lambda m: m.loss(), single, "adam(lr=0.05)", budget=100, seed=1)
     assert result.best_loss < one.best_loss
