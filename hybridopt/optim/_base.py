@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -15,11 +14,13 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
 from hybridopt.errors import MethodError
+from hybridopt.optim._aside import Aside
 from hybridopt.optim._extended import Extended
 from hybridopt.optim._extras import StepOptions
 from hybridopt.optim._flat import Layout, NotFlat, flatten, own_memory
 from hybridopt.optim._guard import guarded_step
-from hybridopt.optim._plan import Broken, FirstStep, Ineligible, Plan, plans_for
+from hybridopt.optim._kind import Broken, FirstStep, Ineligible
+from hybridopt.optim._plan import Part, Plan, parts_of
 from hybridopt.optim._shards import Shards, sharded
 from hybridopt.optim._watch import END, Contents, Versions
 from hybridopt.rules import Rule
@@ -35,21 +36,22 @@ class FusedStep(Extended):
     """A torch optimizer whose `step` runs as one compiled loop wherever that gives torch's result.
 
     Mixed in before torch's own class: constructor checks, state keys, state dicts, schedulers, hooks and everything
-    that no engine covers (complex or sparse weights, `differentiable`, `capturable` on the CPU, devices other than
-    CPU and CUDA, the very first step, which creates the state) stay torch's own code; 16-bit weights then run on
-    float32 copies.
+    that no engine covers (`differentiable`, `capturable` on the CPU, devices other than CPU and CUDA, the very first
+    step, which creates the state) stay torch's own code; 16-bit weights then run on float32 copies. So do single
+    weights that no engine can step (sparse gradients, gaps, subclasses), beside the compiled step of the others.
     """
 
     rule: ClassVar[Rule]
-    _plans: list[Plan] | None = None
+    _plans: list[Part] | None = None
     _states: Mapping[Tensor, Any] | None = None
     _structure = _options = Contents(())
     _layout: Layout | None = None
     _versions = Versions()
+    _takes_complex: ClassVar[bool] = True  # real and imaginary parts are stepped as numbers of their own
     _live = False  # an option may change without being replaced
     _unscaling = False
     _shards: Shards | None = None
-    _shelf: Mapping[tuple[bool, ...], list[Plan]] = MappingProxyType({})
+    _shelf: Mapping[tuple[bool, ...], list[Part]] = MappingProxyType({})
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
     _flattens = True
 
@@ -154,7 +156,7 @@ class FusedStep(Extended):
             for plan in plans:
                 plan.run()
 
-    def _current(self, plans: list[Plan]) -> bool:
+    def _current(self, plans: list[Part]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
         if (self.state is not self._states or self.param_groups is not self._groups) or (
             (self._live or not self._versions.same()) and not self._take_options(plans)
@@ -165,7 +167,7 @@ class FusedStep(Extended):
                 return False
         return True
 
-    def _take_options(self, plans: list[Plan]) -> bool:
+    def _take_options(self, plans: list[Part]) -> bool:
         """Compare objects one by one, where something may have changed; False if more than options has."""
         written = self._versions.same_but(len(self.param_groups))  # as schedules do
         if not written and not self._structure.same():
@@ -189,11 +191,11 @@ class FusedStep(Extended):
         entries = [entry.values() for entry in self.state.values()]
         self._structure = Contents([*lists, self.state.values(), *entries])
 
-    def _note_options(self, plans: list[Plan]) -> None:
+    def _note_options(self, plans: list[Part]) -> None:
         self._live = any(plan.live for plan in plans)
         self._options = Contents([self.param_groups, *(group.values() for group in self.param_groups)])
 
-    def _shelved(self) -> list[Plan] | None:
+    def _shelved(self) -> list[Part] | None:
         """Plans made before for the weights that have a gradient now: layers and experts may be left out in turn."""
         plans = self._shelf.get(self._pattern()) if self._unreplaced() else None
         if plans is None or not all(plan.read_options(self, self.param_groups[plan.index]) for plan in plans):
@@ -209,7 +211,7 @@ class FusedStep(Extended):
         """What plans differ in when nothing is replaced."""
         return self._unscaling, *(p.grad is None for group in self.param_groups for p in group["params"])
 
-    def _prepare(self) -> list[Plan] | None:
+    def _prepare(self) -> list[Part] | None:
         """Plans for all groups; None, with the reason in `repr`, if this step is not compiled."""
         self._plans = None
         if self._implementation in ("reference", "foreach"):
@@ -225,38 +227,47 @@ class FusedStep(Extended):
                 raise Ineligible("a gradient's address cannot be read")
         except Ineligible as reason:
             self._say(f"{self._otherwise()}: {reason}")
-            asked = "fused" if self._implementation == "fused" else "flatten" if self._extras.flatten else ""
             if isinstance(reason, Broken):
                 self._warn(f"{reason}; {self._otherwise()} runs instead")
-            elif asked and not isinstance(reason, FirstStep):
-                self._warn(f"{asked} was asked for, but {reason}; {self._otherwise()} runs instead")
+            elif self._asked and not isinstance(reason, FirstStep):
+                self._warn(f"{self._asked}{reason}; {self._otherwise()} runs instead")
             return None
         if not self._extras.flatten:
             self._shelf = shelf | {self._pattern(): plans}
         return self._adopted(plans)
 
-    def _adopted(self, plans: list[Plan]) -> list[Plan]:
+    def _adopted(self, plans: list[Part]) -> list[Part]:
         self._plans = plans
-        self._say(f"fused ({', '.join(sorted({plan.engine for plan in plans}))})")
+        engines = sorted({plan.engine for plan in plans if isinstance(plan, Plan) and plan.size})
+        aside = [plan for plan in plans if isinstance(plan, Aside)]
+        used = [f"fused ({', '.join(engines)})"] if engines or not aside else []
+        if aside:
+            used.append(f"{self._otherwise()}: {aside[0].reason}")
+        self._say(", ".join(used))
         return plans
 
-    def _make_plans(self) -> list[Plan]:
+    def _make_plans(self) -> list[Part]:
         """Plans for all groups, of weights that were moved together first if that was asked for."""
-        plans = [plan for index in range(len(self.param_groups)) for plan in plans_for(self, index)]
+        parts = self._parts()
         if not self._extras.flatten:
-            return plans
+            return parts
         try:
-            self._layout = flatten(self, plans)
+            self._layout = flatten(self, [part for part in parts if isinstance(part, Plan)])
         except NotFlat as reason:
             self._layout = None
             self._warn(f"flatten was asked for, but {reason}; weights stay where they are")
-        return [plan for index in range(len(self.param_groups)) for plan in plans_for(self, index)]
+        return self._parts()
 
-    def _warn(self, message: str) -> None:
-        """Say once that something is not as asked for."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{type(self).__name__}: {message}", RuntimeWarning, stacklevel=6)
+    def _parts(self) -> list[Part]:
+        """Those in Python first: where they raise, nothing was stepped."""
+        parts = [part for index in range(len(self.param_groups)) for part in parts_of(self, index)]
+        return sorted(parts, key=lambda part: not isinstance(part, Aside))
+
+    @property
+    def _asked(self) -> str:
+        """What was asked for that only the compiled loop does, as the beginning of a warning."""
+        asked = "fused" if self._implementation == "fused" else "flatten" if self._extras.flatten else ""
+        return asked and f"{asked} was asked for, but "
 
     # -- what makes plans stale ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from hybridopt.engines import cpu
 from hybridopt.engines._variant import SIZES
 from hybridopt.optim._flat import gradients_together, padded
-from hybridopt.optim._plan import _NOTHING, Ineligible, Kind, Number, Plan, _increment_version, wrong_number
+from hybridopt.optim._kind import NOTHING, Ineligible, Kind, reals, wrong_number
+from hybridopt.optim._plan import Number, Plan, _increment_version
 from hybridopt.optim._watch import touching
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class CpuPlan(Plan):
         """The loop reads `gradients` itself; where all is flat, each weight reaches to the next one."""
         if self.layout is not None and self.size:
             flat = gradients_together(self.layout, self.params)
-            counts = map(padded, self.params) if flat else self.numels
+            counts = [reals(p.dtype) * padded(p) for p in self.params] if flat else self.numels
             self.table[:: len(self.table) // self.size] = array("q", counts)
 
     def _refuses(self, group: Mapping[str, Any]) -> str:
@@ -74,7 +75,7 @@ class CpuPlan(Plan):
     def _take(self, hyper: Sequence[Any]) -> None:
         self.hyper[: self.hypers] = array("d", map(float, hyper))
 
-    def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
+    def run(self, extras: Mapping[str, Number] = NOTHING, skip: Tensor | None = None) -> None:
         """See `Plan.run`."""
         if not self.size:
             return

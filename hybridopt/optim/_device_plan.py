@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hybridopt.engines import gpu
-from hybridopt.optim._plan import _NOTHING, Broken, Ineligible, Kind, Number, Plan, _increment_version
+from hybridopt.optim._kind import NOTHING, Broken, Ineligible, Kind
+from hybridopt.optim._plan import Number, Plan, _increment_version
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -122,7 +123,7 @@ class DevicePlan(Plan):
             there = torch.tensor([value or 0.0 for value in values], dtype=torch.float64)
             self.hypers_there[: self.hypers].copy_(self._send(there))
 
-    def run(self, extras: Mapping[str, Number] = _NOTHING, skip: Tensor | None = None) -> None:
+    def run(self, extras: Mapping[str, Number] = NOTHING, skip: Tensor | None = None) -> None:
         """See `Plan.run`."""
         if self.module is None:
             return

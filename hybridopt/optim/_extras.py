@@ -27,6 +27,9 @@ class StepOptions(TypedDict, total=False):
     Args:
         implementation: `"auto"` (default): the fastest that gives the right result; `"fused"`: one compiled loop, with
             one warning where that cannot be; `"foreach"`, `"reference"`: torch's own list functions, torch's own loop.
+            Under the first two, single weights that cannot be compiled (a sparse gradient, a gradient laid out unlike
+            its weight, gaps, a dtype without engine) are stepped by torch's own code beside the others, with one
+            warning that names the reason; complex weights are compiled.
             Every class takes torch's spelling as well: `foreach=True` is `"foreach"`, `fused=True` is `"fused"`, both
             False are `"reference"`; one of them False leaves `"auto"` its choice.
         state_dtype: dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in

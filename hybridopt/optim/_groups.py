@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -46,13 +45,10 @@ class GroupStep(Extended):
             with torch.enable_grad():
                 loss = closure()
         self._guarded_step()
-        if self._implementation == "fused" and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: fused was asked for, but a step over whole matrices has no fused kernel; "
-                f"{self._used} runs instead",
-                RuntimeWarning,
-                stacklevel=4,  # torch's profiling wrapper and `outside_graphs` are between
+        if self._implementation == "fused":
+            self._warn(
+                "fused was asked for, but a step over whole matrices has no fused kernel; "
+                f"{self._used} runs instead"
             )
         return loss
 

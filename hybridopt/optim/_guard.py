@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import NonFiniteLoss
-from hybridopt.optim._plan import Number, Plan
-from hybridopt.optim._shards import local, square_sum
+from hybridopt.optim._aside import square_sum, unscale
+from hybridopt.optim._plan import Number, Part, Plan
+from hybridopt.optim._shards import local, spread_square_sum
 
 if TYPE_CHECKING:
     from hybridopt.optim._extended import Extended
 
 
-def guarded_step(optimizer: Extended, plans: list[Plan] | None) -> None:
+def guarded_step(optimizer: Extended, plans: list[Part] | None) -> None:
     """Do the step, unless gradients that are not finite forbid it.
 
     Args:
@@ -39,11 +40,12 @@ def guarded_step(optimizer: Extended, plans: list[Plan] | None) -> None:
 
 @torch.no_grad()
 def _step(
-    optimizer: Extended, plans: list[Plan] | None, scale: Tensor | None, found_inf: Tensor | None
+    optimizer: Extended, plans: list[Part] | None, scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     extras = optimizer._extras
-    if plans and all(plan.engine == "triton" and plan.kind.device == plans[0].kind.device for plan in plans):
-        _step_on_device(optimizer, plans, scale, found_inf)
+    known = [plan for plan in plans or () if isinstance(plan, Plan) and plan.engine == "triton"]
+    if plans and len(known) == len(plans) and len({plan.kind.device for plan in known}) == 1:
+        _step_on_device(optimizer, known, scale, found_inf)
         return
     if found_inf is not None and found_inf.item():
         return
@@ -61,7 +63,7 @@ def _step(
             factor = 1.0 if factor > 1 else factor  # nan stays
     if plans is None:
         if scale is not None:
-            _unscale(optimizer, divisor)
+            unscale(_gradients(optimizer), divisor)
         optimizer._elsewhere(factor)
     else:
         numbers = {"divisor": divisor, "factor": 1.0 if factor is None else factor}
@@ -78,7 +80,7 @@ def _step_on_device(
     skip = None if found_inf is None else found_inf.reshape(1).float()
     if extras.measured:
         told = [torch.as_tensor(plan.square_sum()) for plan in plans] if not optimizer._spread else []
-        norm = (torch.stack(told).sum() if told else square_sum(optimizer._spread)).sqrt()
+        norm = (torch.stack(told).sum() if told else spread_square_sum(optimizer._spread)).sqrt()
         if scale is not None:
             norm = norm / scale.abs()
         bad = (~norm.isfinite()).reshape(1)
@@ -107,23 +109,12 @@ def _gradients(optimizer: Extended) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _unscale(optimizer: Extended, scale: float) -> None:
-    for g in _gradients(optimizer):
-        g.div_(scale)
-
-
-def _square_sum(optimizer: Extended, plans: list[Plan] | None) -> float:
+def _square_sum(optimizer: Extended, plans: list[Part] | None) -> float:
     if optimizer._spread:
-        return square_sum(optimizer._spread).item()
+        return spread_square_sum(optimizer._spread).item()
     if plans is not None:
         return sum(float(plan.square_sum()) for plan in plans)
-    dense = [g if g.layout is torch.strided else g.coalesce().values() for g in _gradients(optimizer)]
-    norms: list[float] = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).item() for g in dense]
-    return sum(n * n for n in norms)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
+    return square_sum(_gradients(optimizer))
 
 
 def _first_bad(optimizer: Extended) -> str:

@@ -109,6 +109,16 @@ class Chosen(torch.optim.Optimizer):
             self._used = used
             log.debug("%s: %s", type(self).__name__, used)
 
+    def _warn(self, message: str) -> None:
+        """Say once, where `step` is called, that something is not as asked for."""
+        if self._warned:
+            return
+        self._warned = True
+        level = 1
+        while sys._getframe(level).f_globals.get("__name__", "").startswith(("hybridopt.optim", "torch.")):
+            level += 1
+        warnings.warn(f"{type(self).__name__}: {message}", RuntimeWarning, stacklevel=level + 1)
+
     def __repr__(self) -> str:
         text: str = super().__repr__()
         return f"{text[:-1]}\nimplementation: {self._implementation} -> {self._used}\n)"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.engines._noise import GOLDEN
-from hybridopt.optim._plan import counter_names
+from hybridopt.optim._kind import counter_names
 
 Spread: TypeAlias = list[tuple[tuple[Any, ...], list[Tensor]]]
 """Groups of processes over whose gradients squares are to be added, and the weights whose shards are here."""
@@ -181,7 +181,7 @@ def _spread(weights: Iterable[Any], holders: Iterable[Tensor]) -> Spread:
 
 
 @torch.no_grad()
-def square_sum(spread: Spread) -> Tensor:
+def spread_square_sum(spread: Spread) -> Tensor:
     """The sum of the squares of all gradients, those on other processes included, in float64.
 
     Every process must call it: also one whose shards have no gradient.

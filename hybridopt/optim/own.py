@@ -28,6 +28,7 @@ class RuleOptimizer(FusedStep):
     """
 
     rule: ClassVar[Rule]
+    _takes_complex = False
 
     def __init__(
         self,

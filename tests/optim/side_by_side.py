@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import pytest
 import torch
 from torch.nn import Parameter
 
@@ -26,6 +27,8 @@ NAMES = (
     "RAdam",
 )
 COMPILED = "fused (llvm)"
+odd = pytest.mark.filterwarnings(r"ignore:.* runs for \d+ of \d+ weights of group:RuntimeWarning")
+"""For tests of weights and gradients that no engine can step (`test_aside.py` looks at the warning)."""
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}}  # so that every class has a state
 
 

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 import hybridopt.optim
 from hybridopt.engines import cpu
 from hybridopt.errors import NonFiniteLoss
+from tests.optim.side_by_side import odd
 from tests.optim.test_precision import COMPILED, bits, give, make, weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -253,6 +254,7 @@ def test_grad_scaler_with_unscale_and_clipping() -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@odd
 def test_grad_scaler_with_sparse_gradients() -> None:
     """Uncoalesced ones, which `coalesce` would copy; and clipped, by the norm of their sum."""
     for limit in (None, 0.5):

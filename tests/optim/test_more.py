@@ -23,6 +23,7 @@ from hybridopt.optim.adam import AMSGrad
 from hybridopt.optim.ademamix import AdEMAMix
 from hybridopt.optim.lamb import LAMB, _norms
 from hybridopt.optim.sparse_adam import SparseAdam
+from tests.optim.side_by_side import odd
 
 SHAPES = ((5, 7), (3,), (), (0,), (200, 173))  # the last is summed in two blocks
 STEPS = 20
@@ -482,6 +483,7 @@ def test_lamb_follows_weights_that_change_their_memory_or_dtype() -> None:
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+@odd
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("implementation", ["auto", "foreach", "reference"])
 def test_lambs_error_is_at_most_twice_that_of_plain_code(implementation: str, dtype: torch.dtype) -> None:

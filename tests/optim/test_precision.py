@@ -19,7 +19,7 @@ from torch.nn import Parameter
 import hybridopt.optim
 from hybridopt.engines import _noise
 from hybridopt.errors import MethodError
-from tests.optim.side_by_side import COMPILED
+from tests.optim.side_by_side import COMPILED, odd
 from tests.optim.side_by_side import NAMES as ELEMENTWISE
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -421,6 +421,7 @@ def test_hooks_on_gradients_survive() -> None:
             assert len(called) == step + 1
 
 
+@odd
 def test_sparse_gradients_of_16_bit_weights() -> None:
     """As torch's step on float32 copies, rounded."""
     dense = [Parameter(torch.linspace(-1, 1, 10).reshape(5, 2).bfloat16()) for _ in range(2)]
@@ -464,6 +465,7 @@ def test_gradients_that_come_late(name: str) -> None:
         assert (a != b).sum() <= max(1, a.numel() // 200)
 
 
+@odd
 def test_places_are_places_in_memory() -> None:
     """channels_last, transposed: the same noise in all engines; with gaps, which only copies can do: as without."""
     results = []

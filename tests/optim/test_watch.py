@@ -14,7 +14,7 @@ from torch.nn import Parameter
 import hybridopt.optim
 from hybridopt.optim import _plan, _watch
 from hybridopt.optim._watch import END, Contents, Gradients, Memory, Versions
-from tests.optim.side_by_side import COMPILED, assert_same, both, give, pair
+from tests.optim.side_by_side import COMPILED, assert_same, both, give, odd, pair
 from tests.optim.test_moves import MOVES, STRANGE, step_moved
 
 
@@ -240,6 +240,7 @@ def python_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_watch, "counts_versions", lambda: False)
 
 
+@odd
 @pytest.mark.usefixtures("python_only")
 @pytest.mark.parametrize("move", MOVES)
 def test_whatever_moves_without_compiled_code(move: str) -> None:
@@ -252,6 +253,7 @@ def test_whatever_moves_without_compiled_code(move: str) -> None:
     assert_same(case)
 
 
+@odd
 @pytest.mark.parametrize("compiled", [True, False])
 def test_square_weight_transposed_in_place(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
@@ -266,6 +268,7 @@ def test_square_weight_transposed_in_place(compiled: bool, monkeypatch: pytest.M
     assert_same(case)
 
 
+@odd
 def test_strange_gradients_after_plain_ones() -> None:
     """At the same address, of the same shape."""
     assert STRANGE
