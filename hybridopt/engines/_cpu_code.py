@@ -170,10 +170,9 @@ class RuleCode:
         """What was stored, as it will be loaded."""
         if dtype in FLOATS:
             told = convert(build, x, FLOATS[dtype])
-        elif dtype == "float16":
-            told = build.fptrunc(convert(build, x, SINGLE), HALF)
         else:
-            told = _bfloat16(build, convert(build, x, SINGLE), None if noise is None else noise(column))
+            narrow = _float16 if dtype == "float16" else _bfloat16
+            told = narrow(build, convert(build, x, SINGLE), None if noise is None else noise(column))
         build.store(told, build.gep(array, [i]))
         return convert(build, _wide(build, told, dtype), self.compute)
 
@@ -259,18 +258,38 @@ def _bfloat16(build: Any, x: Any, noise: Any) -> Any:
     if noise is not None:
         exponent = _INT(0x7F800000)  # inf and nan have no neighbours to choose from
         special = build.icmp_unsigned("==", build.and_(bits, exponent), exponent)
-        scattered = build.add(bits, build.and_(noise, _INT(0xFFFF)))
+        scattered = build.add(bits, noise)
         nearest = build.select(special, nearest, scattered)
     return build.trunc(build.lshr(nearest, _INT(16)), _SHORT)
 
 
+def _float16(build: Any, x: Any, noise: Any) -> Any:
+    """A float32 as float16: to nearest; with noise up or down at random."""
+    nearest = build.fptrunc(x, HALF)
+    if noise is None:
+        return nearest
+    bits = build.bitcast(x, _INT)
+    size = build.and_(bits, _INT(0x7FFFFFFF))
+    high = build.add(build.sub(size, _INT(_noise.EXPONENTS)), build.lshr(noise, _INT(3)))
+    high, largest = build.lshr(high, _INT(13)), _INT(_noise.LARGEST)
+    high = build.select(build.icmp_unsigned("<", high, largest), high, largest)
+    # of sizes that are no number, or too large for an integer, it is not chosen
+    low = build.fptosi(build.fmul(build.bitcast(size, SINGLE), SINGLE(2.0**40)), _INT)
+    low = build.lshr(build.add(low, noise), _INT(16))
+    up = build.select(build.icmp_unsigned("<", size, _INT(_noise.NORMAL)), low, high)
+    up = build.or_(up, build.and_(build.lshr(bits, _INT(16)), _INT(0x8000)))
+    finite = build.icmp_unsigned("<", size, _INT(_noise.INFINITE))
+    return build.select(finite, build.bitcast(build.trunc(up, _SHORT), HALF), nearest)
+
+
 def _noise_at(build: Any, place: Any, stream: Any) -> Callable[[int], Any]:
-    """Random bits for each column at an element's place in its tensor; see `_noise.py`."""
+    """16 random bits for each column at an element's place in its tensor; see `_noise.py`."""
     high = build.trunc(build.mul(build.ashr(place, WORD(32)), WORD(_noise.GOLDEN)), _INT)
     here = build.xor(_mix(build, build.trunc(place, _INT)), high)
 
     def column(number: int) -> Any:
-        return _mix(build, build.xor(here, _mix(build, build.add(stream, _INT(number)))))
+        noise = _mix(build, build.xor(here, _mix(build, build.add(stream, _INT(number)))))
+        return build.and_(noise, _INT(0xFFFF))
 
     return column
 

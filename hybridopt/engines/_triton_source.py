@@ -7,9 +7,9 @@ recorded in a CUDA graph, and left out without anybody waiting for the device (`
 
 from __future__ import annotations
 
-from hybridopt.engines._noise import FIRST, GOLDEN, SECOND
+from hybridopt.engines._noise import EXPONENTS, FIRST, GOLDEN, INFINITE, LARGEST, NORMAL, SECOND
 from hybridopt.engines._translate import translate
-from hybridopt.engines._variant import Variant, width
+from hybridopt.engines._variant import SIZES, Variant, width
 from hybridopt.rules import Rule
 
 _TYPES = {
@@ -145,11 +145,21 @@ def _stream(seed, step, tensor):
 def _place(i):
     return _mix((i & 0xFFFFFFFF).to(tl.uint32)) ^ ((i >> 32).to(tl.uint32) * {GOLDEN})
 @triton.jit
-def _at_random(x, place, stream, column):
+def _noise(place, stream, column):
+    return _mix(place ^ _mix(stream + column)) & 0xFFFF
+@triton.jit
+def _bfloat16_at_random(x, noise):
     bits = x.to(tl.uint32, bitcast=True)
-    noise = _mix(place ^ _mix(stream + column))
-    up = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    up = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return _bfloat16(tl.where((bits & 0x7F800000) == 0x7F800000, x, up))
+@triton.jit
+def _float16_at_random(x, noise):
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    high = tl.minimum((size - {EXPONENTS} + (noise >> 3)) >> 13, {LARGEST})
+    low = ((tl.abs(x) * {2.0**40}).to(tl.int32).to(tl.uint32) + noise) >> 16
+    up = tl.where(size < {NORMAL}, low, high) | ((bits >> 16) & 0x8000)
+    return tl.where(size < {INFINITE}, up.to(tl.uint16).to(tl.float16, bitcast=True), x.to(tl.float16))
 """
 
 
@@ -286,8 +296,8 @@ def _body(rule: Rule, variant: Variant, mask: str) -> list[str]:
 
 
 def _kept(expression: str, dtype: str, column: int, variant: Variant) -> str:
-    if dtype == "bfloat16" and variant.stochastic and not (variant.kahan and column == 0):
-        return f"_at_random({expression}.to(tl.float32), place, stream, {column})"
+    if SIZES[dtype] == 2 and variant.stochastic and not (variant.kahan and column == 0):
+        return f"_{dtype}_at_random({expression}.to(tl.float32), _noise(place, stream, {column}))"
     return _nearest(expression, dtype)
 
 

@@ -28,7 +28,7 @@ class Variant:
     scaled: bool = False
     """The rule sees gradients times a factor (clipping); they stay as they are."""
     stochastic: bool = False
-    """bfloat16 weights and states are rounded up or down at random, right on average."""
+    """16-bit weights and states are rounded up or down at random, right on average."""
     kahan: bool = False
     """What rounding took from a weight is kept in a further state of the weight's dtype, `kahan_comp`."""
 

@@ -34,10 +34,11 @@ class StepOptions(TypedDict, total=False):
             False are `"reference"`; one of them False leaves `"auto"` its choice.
         state_dtype: dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in
             torch.
-        stochastic_rounding: bfloat16 weights and states are rounded up or down at random, right on average, so that
+        stochastic_rounding: 16-bit weights and states are rounded up or down at random, right on average, so that
             updates smaller than half a digit are not lost. The bits depend on seed, step, tensor and element alone (of
-            a DTensor: on its shard too), on any device. float16 is rounded to the nearest, with one warning. Default
-            False.
+            a DTensor: on its shard too), on any device. float16 has nothing between 0 and 6e-8, however it is rounded:
+            second moments of gradients below some 0.02 want a `state_dtype` (torch.bfloat16, torch.float32) beside it.
+            Default False.
         kahan_sum: what rounding takes from a 16-bit weight is kept in one more state, `kahan_comp` (2 bytes a weight),
             and added back at the next step. Default False.
         max_grad_norm: the rule sees gradients scaled down so that the 2-norm of all of them is at most this, as after

@@ -13,7 +13,7 @@ import torch
 from torch._compile import _disable_dynamo  # see `_base.py`
 
 from hybridopt.errors import MethodError
-from hybridopt.optim._extras import Extras, Implementation
+from hybridopt.optim._extras import Implementation
 
 log = logging.getLogger("hybridopt.optim")
 
@@ -40,9 +40,7 @@ class Chosen(torch.optim.Optimizer):
 
     _implementation: Implementation = "auto"
     _used = "not stepped yet"
-    _extras = Extras()
     _warned = False
-    _warned_of_float16 = False
 
     @property
     def implementation(self) -> Implementation:
@@ -65,30 +63,6 @@ class Chosen(torch.optim.Optimizer):
             chosen = "reference"
         self._implementation = chosen  # type: ignore[assignment]
         self._settle()
-        self._look_for_float16()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's."""
-        super().add_param_group(param_group)
-        self._look_for_float16()
-
-    def _look_for_float16(self) -> None:
-        """Say once that `stochastic_rounding` does not round what is stored in float16."""
-        extras = self._extras
-        if not extras.stochastic_rounding or self._warned_of_float16:
-            return
-        stored = [extras.state_dtype, *(p.dtype for group in self.param_groups for p in group["params"])]
-        if torch.float16 in stored:
-            self._warned_of_float16 = True
-            level = 1
-            while sys._getframe(level).f_globals.get("__name__", "").startswith("hybridopt.optim"):
-                level += 1
-            warnings.warn(
-                f"{type(self).__name__}: stochastic_rounding is for bfloat16; float16 weights and states are rounded "
-                "to the nearest; make them bfloat16, or give kahan_sum=True instead",
-                RuntimeWarning,
-                stacklevel=level + 1,
-            )
 
     def _settle(self) -> None:
         """Make torch's own step do what was asked for, in all groups and those to come."""

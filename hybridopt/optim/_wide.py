@@ -130,8 +130,8 @@ def narrowed(
     """`x` as it is stored; `places`: of its elements in the memory of what they are part of."""
     if x.dtype is dtype:
         return x
-    if noise is not None and dtype is torch.bfloat16:
-        return _noise.rounded(x.to(torch.float32), noise, places)
+    if noise is not None and dtype in HALVES:
+        return _noise.rounded(x.to(torch.float32), dtype, noise, places)
     return x.to(dtype)
 
 

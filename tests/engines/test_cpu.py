@@ -89,6 +89,7 @@ def test_key_covers_all_that_the_code_depends_on(monkeypatch: pytest.MonkeyPatch
         name(Rule(SGD.update, None, SGD.state, SGD.coefficients, (), False), plain),
         name(replace(SGD, counts=True), plain),
         name(SGD, noisy),
+        name(SGD, replace(noisy, weight="float16")),
     ]
     monkeypatch.setattr(_noise, "FIRST", 3)
     others.append(name(SGD, noisy))

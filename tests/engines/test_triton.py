@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import hybridopt.optim
-from hybridopt.engines import gpu
+from hybridopt.engines import _noise, gpu
 from hybridopt.engines._variant import Variant
 from hybridopt.errors import NonFiniteLoss
 from hybridopt.optim import _plan
@@ -146,21 +146,31 @@ def test_same_as_the_cpu_engine(monkeypatch: pytest.MonkeyPatch, name: str, dtyp
     same_as_cpu(monkeypatch, name, dtype)
 
 
+@pytest.mark.parametrize("dtype", precision.HALVES)
+def test_numbers_are_rounded_at_random_as_in_python(dtype: torch.dtype) -> None:
+    x = precision.edges()
+    if dtype is torch.bfloat16:  # of which the interpreter makes other numbers where they are subnormal
+        x = x[x.double().abs() >= 2.0**-126]
+    told, used = precision.stored(x.to(DEVICE), dtype, "auto", seed=3)
+    assert used == FUSED
+    precision.assert_same_bits(told.cpu(), _noise.rounded(x, dtype, _noise.key(3, 2, 0, 1)))
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {"stochastic_rounding": True, "seed": 5},
-        {"kahan_sum": True},
-        {"kahan_sum": True, "stochastic_rounding": True, "state_dtype": torch.float32},
-        {"max_grad_norm": 0.25, "state_dtype": torch.float32},
+        *((dtype, {"stochastic_rounding": True, "seed": 5}) for dtype in precision.HALVES),
+        (torch.bfloat16, {"kahan_sum": True}),
+        (torch.bfloat16, {"kahan_sum": True, "stochastic_rounding": True, "state_dtype": torch.float32}),
+        (torch.bfloat16, {"max_grad_norm": 0.25, "state_dtype": torch.float32}),
     ],
-    ids=["stochastic", "kahan", "both", "clipped"],
+    ids=["random bfloat16", "random float16", "kahan", "both", "clipped"],
 )
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_precision_as_the_cpu_engine(
-    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    same_as_cpu(monkeypatch, name, torch.bfloat16, **options)
+    same_as_cpu(monkeypatch, name, dtype, **options)
 
 
 def test_unaligned_views() -> None:

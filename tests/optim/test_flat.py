@@ -106,8 +106,9 @@ def test_same_bits(name: str, dtype: torch.dtype) -> None:
     [{"stochastic_rounding": True}, {"kahan_sum": True}, {"max_grad_norm": 0.5}, {"nonfinite": "skip"}],
     ids=lambda o: next(iter(o)),
 )
-def test_same_bits_with_options(options: dict[str, Any]) -> None:
-    case = twins("AdamW", torch.bfloat16, **options)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_bits_with_options(options: dict[str, Any], dtype: torch.dtype) -> None:
+    case = twins("AdamW", dtype, **options)
     run(case, range(6))
     assert_bits(case)
     assert is_flat(*case[:2])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -111,7 +108,7 @@ def test_special_numbers_survive(name: str) -> None:
     """Infinite and nan weights and gradients stay what float32 makes of them."""
     for dtype in HALVES:
         p = Parameter(torch.tensor([1.0, float("inf"), float("nan"), 2.0, -1.0, 1.0], dtype=dtype))
-        optimizer = make(name, [p], stochastic_rounding=dtype is torch.bfloat16)
+        optimizer = make(name, [p], stochastic_rounding=True)
         for _ in range(3):
             p.grad = torch.tensor([1.0, 1.0, 1.0, float("nan"), float("inf"), 0.0], dtype=dtype)
             optimizer.step()
@@ -204,11 +201,73 @@ def test_wide_states_of_narrow_weights_are_not_cut_by_loading() -> None:
 # -- rounding at random ---------------------------------------------------------------------------------------
 
 
-def test_hash_is_the_same_in_all_engines() -> None:
+def edges() -> Tensor:
+    """float32 numbers of any bits, and those around each at which something about float16 changes."""
+    generator = torch.Generator().manual_seed(0)
+    places = [
+        0.0,
+        *(2.0**k for k in (-126, -41, -40, -26, -25, -24, -15, -14, 0, 16)),
+        65504,
+        65520,
+        math.inf,
+    ]
+    around = torch.tensor(places).view(torch.int32)[:, None] + torch.arange(-9, 10)
+    bits = [around[around >= 0], torch.randint(0, 1 << 31, (2000,), generator=generator)]
+    spread = torch.tensor([2.0**-22, 2.0**-13, 4.0, 66_000.0])[:, None] * torch.rand(
+        4, 500, generator=generator
+    )
+    sizes = torch.cat([*bits, spread.view(torch.int32).ravel()]).to(torch.int32)
+    return torch.cat([sizes, sizes | -(1 << 31)]).view(torch.float32)
+
+
+def _keep(p: Any, g: Any, kept: Any, lr: Any) -> tuple[Any, ...]:
+    return p, g * lr
+
+
+def stored(x: Tensor, dtype: torch.dtype, implementation: str, seed: int) -> tuple[Tensor, str]:
+    """What the second step of an engine stores for given float32 numbers, and what ran it."""
+    cls: Any = hybridopt.optim.from_rule(_keep, state=["kept"], defaults={"lr": 1.0})
+    p = Parameter(torch.zeros_like(x))
+    options: dict[str, Any] = {"state_dtype": dtype, "seed": seed, "implementation": implementation}
+    optimizer = cls([p], stochastic_rounding=True, **options)
+    for _ in range(2):
+        p.grad = x.clone()
+        optimizer.step()
+    return optimizer.state[p]["kept"], optimizer._used
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    """But for which nan it is."""
+    assert a.dtype is b.dtype
+    assert torch.equal(a.isnan(), b.isnan())
+    assert torch.equal(
+        *(x.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).view(torch.int16) for x in (a, b))
+    )
+
+
+@pytest.mark.parametrize(("dtype", "flush"), [*((dtype, False) for dtype in HALVES), (torch.float16, True)])
+def test_every_number_is_rounded_alike_in_all_engines(dtype: torch.dtype, flush: bool) -> None:
+    """In float16 also where the processor takes float32's smallest numbers (below 1e-38) for 0."""
+    x = edges()
+    told = _noise.rounded(x, dtype, _noise.key(3, 2, 0, 1))
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not")
+    try:
+        assert_same_bits(told, _noise.rounded(x, dtype, _noise.key(3, 2, 0, 1)))
+        for implementation in ("auto", "foreach", "reference"):
+            kept, used = stored(x, dtype, implementation, seed=3)
+            assert (used == COMPILED) == (implementation == "auto")
+            assert_same_bits(told, kept)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_hash_is_the_same_in_all_engines(dtype: torch.dtype) -> None:
     """The compiled loop's bits are the Python ones: weights and states, several tensors, several steps."""
     results = []
-    for implementation in ("auto", "reference"):
-        params = weights(torch.bfloat16)
+    for implementation in ("auto", "reference", "foreach"):
+        params = weights(dtype)
         optimizer = make(
             "SGD",
             params,
@@ -220,8 +279,8 @@ def test_hash_is_the_same_in_all_engines() -> None:
         )
         run(optimizer, params, range(6))
         results.append(bits(params, optimizer))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_key_depends_on_everything() -> None:
@@ -231,36 +290,75 @@ def test_key_depends_on_everything() -> None:
         assert int(counted) == _noise.key(seed, step, tensor, column)
     assert len(keys) == 4 * 5 * 6 * 3
     x = torch.full((4000,), 1 + 2**-9)
-    streams = [_noise.rounded(x, _noise.key(0, 1, 2, c)) for c in range(2)]
+    streams = [_noise.rounded(x, torch.bfloat16, _noise.key(0, 1, 2, c)) for c in range(2)]
     same = (streams[0] == streams[1]).double().mean().item()
     assert abs(same - 0.625) < 0.04  # independent: .75² + .25²
 
 
-@pytest.mark.parametrize("value", [1 + 2**-9, -(1 + 2**-9), 3.1415927, -1e-30, 7e30])
-def test_right_on_average(value: float) -> None:
+def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The numbers of a dtype below and above, and how far they are from each other."""
+    info = torch.finfo(dtype)
+    spacing = info.eps * max(info.tiny, 2.0 ** (math.frexp(x)[1] - 1))
+    return math.floor(x / spacing) * spacing, spacing
+
+
+BETWEEN = [
+    *((torch.bfloat16, x) for x in (1 + 2**-9, -(1 + 2**-9), 3.1415927, -1e-30, 7e30)),
+    *((torch.float16, x) for x in (1 + 2**-12, -(1 + 2**-12), 3.1415927, 65_490.0, -6.2e-5)),
+    *(
+        (torch.float16, x)
+        for x in (6.1e-5, -6.1e-5, 1e-6, -1e-7, 3e-8, 2.0**-25, -(2.0**-30), 1.1 * 2.0**-38)
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "value"), BETWEEN)
+def test_right_on_average(dtype: torch.dtype, value: float) -> None:
     n = 1 << 16
     x = torch.full((n,), value)
-    told = _noise.rounded(x, _noise.key(3, 1, 0, 0)).double()
-    below = told.min().item()
-    above = told.max().item()
-    assert below <= x[0].item() <= above
-    assert above - below <= 1.01 * 2**-7 * abs(value)
-    wanted = (x[0].item() - below) / (above - below)
-    share = (told == above).double().mean().item()
+    told = _noise.rounded(x, dtype, _noise.key(3, 1, 0, 0)).double()
+    below, spacing = neighbours(x[0].item(), dtype)
+    assert {*told.tolist()} <= {below, below + spacing}
+    wanted = (x[0].item() - below) / spacing
+    share = (told != below).double().mean().item()
     assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 2**-16
 
 
-def test_nan_of_any_bits_stays_nan() -> None:
+@pytest.mark.parametrize(("dtype", "value"), BETWEEN)
+def test_exact_mean_over_all_noise(dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every 16-bit number once; what is below float16's smallest normal number to 2**-16 of its spacing."""
+    monkeypatch.setattr(_noise, "mix", lambda x: x)
+    x = torch.full((1 << 16,), value)
+    told = _noise.rounded(x, dtype, 0).double()
+    _, spacing = neighbours(x[0].item(), dtype)
+    exact = dtype is torch.bfloat16 or abs(value) >= 2**-14
+    assert abs(told.mean().item() - x[0].item()) <= (0 if exact else 2**-16 * spacing)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nan_of_any_bits_stays_nan(dtype: torch.dtype) -> None:
     """Added noise would carry all ones into the sign, and cutting would make some an infinity."""
     bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1] * 50, dtype=torch.int32)
-    assert bool(_noise.rounded(bits.view(torch.float32), 5).isnan().all())
+    assert bool(_noise.rounded(bits.view(torch.float32), dtype, 5).isnan().all())
     p = Parameter(torch.zeros(150))
-    optimizer = make("SGD", [p], stochastic_rounding=True, state_dtype=torch.bfloat16)
+    optimizer = make("SGD", [p], stochastic_rounding=True, state_dtype=dtype)
     for step in range(2):
         p.grad = torch.zeros(150) if step == 0 else bits.view(torch.float32).clone()
         optimizer.step()
     assert optimizer._used == COMPILED
     assert bool(optimizer.state[p]["momentum_buffer"].isnan().all())
+
+
+def test_float16_overflows_where_nearest_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 65520 it is 65504 at most, whatever the noise."""
+    x = torch.linspace(65_472, 65_600, 4097)
+    x = torch.cat([x, -x, torch.tensor([math.inf, -math.inf])])
+    for noise in (0, 0xFFFF):
+        monkeypatch.setattr(_noise, "mix", lambda x, noise=noise: torch.full_like(x, noise))
+        told = _noise.rounded(x, torch.float16, 0)
+        assert torch.equal(told.isinf(), x.half().isinf())
+        assert torch.equal(told.sign(), x.half().sign())
+        assert torch.equal(told[x.abs() >= 65_504], x.half()[x.abs() >= 65_504])
 
 
 def test_noise_is_the_same_for_any_number_of_threads() -> None:
@@ -279,21 +377,26 @@ def test_noise_is_the_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
-def test_halves_are_exact() -> None:
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    assert torch.equal(_noise.rounded(x, 5).float(), x)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_halves_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, infinities and -0 too."""
+    halves = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    assert_same_bits(_noise.rounded(halves.float(), dtype, 5), halves)
+    monkeypatch.setattr(_noise, "mix", lambda x: torch.full_like(x, 0xFFFF))
+    assert_same_bits(_noise.rounded(halves.float(), dtype, 0), halves)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
-def test_small_updates_are_not_lost(name: str) -> None:
-    """Updates of a twentieth of a digit: rounding to nearest never moves, at random it does, on average by all."""
-    moved = []
+def test_small_updates_are_not_lost(name: str, dtype: torch.dtype) -> None:
+    """Updates of a sixteenth of a digit: rounding to nearest never moves, at random it does, on average by all."""
+    moved, lr = [], torch.finfo(dtype).eps / 32
     for stochastic in (False, True):
-        p = Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        p = Parameter(torch.ones(4096, dtype=dtype))
         optimizer = make(
             name,
             [p],
-            lr=2**-12,
+            lr=lr,
             stochastic_rounding=stochastic,
             **({"momentum": 0.0} if name == "SGD" else {"weight_decay": 0.0}),
         )
@@ -302,12 +405,13 @@ def test_small_updates_are_not_lost(name: str) -> None:
             optimizer.step()
         moved.append((1 - p.detach().double()).mean().item())
     assert moved[0] == 0
-    assert moved[1] == pytest.approx(40 * 2**-12, rel=0.05)
+    assert moved[1] == pytest.approx(40 * lr, rel=0.05)
 
 
-def test_seed_and_checkpoint() -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_seed_and_checkpoint(dtype: torch.dtype) -> None:
     def path(seed: int, stop: int | None = None) -> list[Tensor]:
-        params = weights(torch.bfloat16)
+        params = weights(dtype)
         optimizer = make("SGD", params, stochastic_rounding=True, seed=seed)
         for step in range(8):
             if step == stop:
@@ -466,7 +570,8 @@ def test_gradients_that_come_late(name: str) -> None:
 
 
 @odd
-def test_places_are_places_in_memory() -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_places_are_places_in_memory(dtype: torch.dtype) -> None:
     """channels_last, transposed: the same noise in all engines; with gaps, which only copies can do: as without."""
     results = []
     layouts = [
@@ -477,11 +582,11 @@ def test_places_are_places_in_memory() -> None:
     ]
     for implementation in ("auto", "reference"):
         for layout in layouts:
-            start = torch.randn(2, 3, 5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+            start = torch.randn(2, 3, 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
             p = Parameter(layout(start.clone()))
             optimizer = make("SGD", [p], lr=0.25, stochastic_rounding=True, implementation=implementation)
             for step in range(4):
-                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
                 p.grad = torch.empty_like(p).copy_(g)
                 optimizer.step()
             results.append(p.detach().clone())
@@ -491,51 +596,17 @@ def test_places_are_places_in_memory() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_options_that_change_nothing_cost_nothing(dtype: torch.dtype) -> None:
-    """Rounding at random is for bfloat16: steps of other weights are the same, and compiled from the second on."""
+    """Rounding at random is for 16 bits: steps of other weights are the same, and compiled from the second on."""
     results = []
     for stochastic in (False, True):
         params = weights(dtype)
-        told = pytest.warns(RuntimeWarning) if stochastic and dtype is torch.float16 else nullcontext()
-        with told:
-            optimizer = make("SGD", params, stochastic_rounding=stochastic)
+        optimizer = make("SGD", params, stochastic_rounding=stochastic)
         run(optimizer, params, range(3))
         assert optimizer._used == COMPILED
         results.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("name", ["AdamW", "AMSGrad", "Lion", "LAMB", "Adafactor", "SparseAdam"])
-def test_float16_is_not_rounded_at_random_and_says_so_once(name: str) -> None:
-    def warned(act: Callable[[], Any]) -> list[str]:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            act()
-        assert all(
-            one.category is RuntimeWarning and one.lineno == act.__code__.co_firstlineno for one in told
-        )
-        return [str(one.message) for one in told]
-
-    def group(dtype: torch.dtype) -> dict[str, Any]:
-        return {"params": weights(dtype)}
-
-    def made(dtype: torch.dtype, **options: Any) -> list[str]:
-        cls = getattr(hybridopt.optim, name)
-        return warned(lambda: cls([group(torch.float32), group(dtype)], **options))
-
-    (message,) = made(torch.float16, stochastic_rounding=True)
-    assert message == (
-        f"{name}: stochastic_rounding is for bfloat16; float16 weights and states are rounded to the nearest; make "
-        "them bfloat16, or give kahan_sum=True instead"
-    )
-    assert made(torch.float32, state_dtype=torch.float16, stochastic_rounding=True) == [message]
-    assert made(torch.float16) == made(torch.float16, kahan_sum=True) == []
-    assert made(torch.bfloat16, stochastic_rounding=True) == []
-    later = getattr(hybridopt.optim, name)(weights(torch.bfloat16), stochastic_rounding=True)
-    assert warned(lambda: later.add_param_group(group(torch.float32))) == []
-    assert len(warned(lambda: later.add_param_group(group(torch.float16)))) == 1
-    assert warned(lambda: later.add_param_group(group(torch.float16))) == []
 
 
 def test_compensation_that_is_not_asked_for_stays() -> None:

@@ -143,10 +143,13 @@ def test_some_weights_are_plain(mesh: DeviceMesh) -> None:
     assert_same(mine, params[2:], plain, references[2:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{"kahan_sum": True}, {"stochastic_rounding": True, "seed": 3}])
-def test_late_gradients_and_late_groups(mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    params = spread(mesh, values(torch.bfloat16))
-    references = [Parameter(v) for v in values(torch.bfloat16)]
+def test_late_gradients_and_late_groups(
+    mesh: DeviceMesh, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    params = spread(mesh, values(dtype))
+    references = [Parameter(v) for v in values(dtype)]
     mine, plain = make("AdamW", params[:2], **options), make("AdamW", references[:2], **options)
     for step in range(7):
         if step == 3:
@@ -246,7 +249,7 @@ def test_adafactor(mesh: DeviceMesh, dtype: torch.dtype) -> None:
     {}, {"state_dtype": torch.float32}, {"kahan_sum": True}, {"stochastic_rounding": True, "seed": 3},
     {"max_grad_norm": 0.5, "nonfinite": "skip"},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["Adafactor", "LAMB", "Muon"])
 def test_steps_of_whole_tensors(
     mesh: DeviceMesh, name: str, dtype: torch.dtype, options: dict[str, Any]
@@ -396,16 +399,16 @@ for name in ("SGD", "AdamW"):
         assert mine.skipped_steps == plain.skipped_steps == (nonfinite == "skip")
         for p, q in zip(params, references):
             torch.testing.assert_close(p.full_tensor() if p is not own else p, q, rtol=1e-6, atol=1e-6)
-noisy = torch.full((4096,), 1.0).bfloat16()
-for name, lr in (("SGD", 1.0), ("LAMB", 1e-3)):
+for name, lr, dtype in (("SGD", 1.0, torch.bfloat16), ("LAMB", 1e-3, torch.bfloat16), ("SGD", 1 / 8, torch.float16)):
+    noisy = torch.ones(4096, dtype=dtype)
     params = [Parameter(distribute_tensor(noisy.clone(), mesh, [kind])) for kind in (Shard(0), Replicate())]
     plain = Parameter(noisy.clone())
     options = {"stochastic_rounding": True, "implementation": sys.argv[3]}
     mine = getattr(hybridopt.optim, name)([*params, plain], lr=lr, **options)
     for _ in range(2):
         for p in params:
-            p.grad = distribute_tensor(torch.full((4096,), 1e-3).bfloat16(), mesh, p.placements)
-        plain.grad = torch.full((4096,), 1e-3).bfloat16()
+            p.grad = distribute_tensor(torch.full((4096,), 1e-3).to(dtype), mesh, p.placements)
+        plain.grad = torch.full((4096,), 1e-3).to(dtype)
         mine.step()
     a, b = params[0].full_tensor().chunk(2)
     assert 0.3 < (a == b).float().mean() < 0.6, f"{name}: shards have their own noise"

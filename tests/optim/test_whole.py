@@ -150,14 +150,15 @@ def test_state_dtype_is_kept(name: str, weight: torch.dtype, state: torch.dtype,
     assert same(bits(optimizer, params), bits(second, others))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("option", ["state_dtype", "stochastic_rounding", "kahan_sum"])
-def test_gathered_rows_are_torchs_step_on_wide_copies(option: str) -> None:
+def test_gathered_rows_are_torchs_step_on_wide_copies(option: str, dtype: torch.dtype) -> None:
     """To the bit: also the noise, which goes by the place of an element in the whole table, and untouched rows."""
     results = []
     for implementation in IMPLEMENTATIONS:
-        params = [*weights(torch.bfloat16), Parameter(torch.randn(3, 5, 4).bfloat16().mT)]
+        params = [*weights(dtype), Parameter(torch.randn(3, 5, 4).to(dtype).mT)]
         torch.manual_seed(0)
-        params[-1].data = torch.randn(3, 5, 4).bfloat16().mT
+        params[-1].data = torch.randn(3, 5, 4).to(dtype).mT
         value: Any = torch.float32 if option == "state_dtype" else True
         optimizer = make("SparseAdam", params, implementation=implementation, **{option: value})
         run("SparseAdam", optimizer, params, range(4))
@@ -179,8 +180,9 @@ def test_noise_of_gradients_that_index_several_dimensions() -> None:
     assert same(*results)
 
 
+@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", NAMES)
-def test_small_updates_are_not_lost(name: str) -> None:
+def test_small_updates_are_not_lost(name: str, half: torch.dtype) -> None:
     """Rounded to nearest they never move a weight; at random they do, on average by all; with compensation exactly."""
     moved: dict[str, float] = {}
     options: dict[str, dict[str, Any]] = {
@@ -194,13 +196,14 @@ def test_small_updates_are_not_lost(name: str) -> None:
         extra = {"eps": (1e-8, 1e-8)}
     if name == "Muon":  # its iteration makes much of the noise in a momentum that is rounded
         extra["state_dtype"] = torch.float32
-    kinds: dict[str, Any] = {key: (torch.bfloat16, value) for key, value in options.items()}
+    kinds: dict[str, Any] = {key: (half, value) for key, value in options.items()}
     kinds["float32"] = torch.float32, {}
     ends = {}
     for key, (dtype, given) in kinds.items():
         p = Parameter(torch.ones(64, 64, dtype=dtype))
-        # Muon's steps of a matrix of equal entries are 1/64 of the rate in each
-        optimizer = make(name, [p], **{"lr": 2**-6 if name == "Muon" else 2**-12, **extra, **given})
+        # a sixteenth of a digit; Muon's steps of a matrix of equal entries are 1/64 of the rate in each
+        lr = torch.finfo(half).eps / 32 * (64 if name == "Muon" else 1)
+        optimizer = make(name, [p], **{"lr": lr, **extra, **given})
         for _ in range(30):
             g = torch.ones(64, 64, dtype=dtype)
             p.grad = g.to_sparse(1) if name == "SparseAdam" else g
@@ -239,10 +242,11 @@ def test_no_noise_is_used_twice(name: str, implementation: str, monkeypatch: pyt
     assert not torch.equal(*twins)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("options", [{"stochastic_rounding": True, "seed": 5}, {"kahan_sum": True}])
 @pytest.mark.parametrize("name", NAMES)
-def test_checkpoints(name: str, options: dict[str, Any]) -> None:
-    params = weights(torch.bfloat16)
+def test_checkpoints(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    params = weights(dtype)
     optimizer = make(name, params, **options)
     run(name, optimizer, params, range(3))
     others = [Parameter(p.detach().clone()) for p in params]
