@@ -87,7 +87,9 @@ def main() -> None:
         rule = importlib.import_module(f"hybridopt.rules.{name}").RULE
         rows += [measure(name, rule, variant(rule, dtype)) for dtype in ("float32", "bfloat16")]
     adam = importlib.import_module("hybridopt.rules.adam").RULE
-    rows.append(measure("adam", adam, variant(adam, "bfloat16", stochastic=True)))
+    rows += [
+        measure("adam", adam, variant(adam, dtype, stochastic=True)) for dtype in ("bfloat16", "float16")
+    ]
     if "--json" in sys.argv:
         print(json.dumps(rows))
         return
