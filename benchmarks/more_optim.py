@@ -2,7 +2,7 @@
 
 Run: python benchmarks/more_optim.py [--quick]
 
-Interleaved in one process, one thread. SparseAdam and L-BFGS: against torch's own, which they equal bit for bit.
+Interleaved in one process, one thread. SparseAdam and L-BFGS: against torch's own (L-BFGS equals it bit for bit).
 torch has neither AdEMAMix nor LAMB: their compiled step against the same rule over lists of tensors (`foreach`), and
 against torch's foreach AdamW for scale. L-BFGS: microseconds an iteration, the closure's own time subtracted.
 """

@@ -108,6 +108,7 @@ METHODS = (
 SHARED = (
     "hybridopt/population/cmaes.py",  # the search that lq_cmaes spares evaluations
     "hybridopt/optim/own.py",
+    "hybridopt/rules/adam.py",  # SparseAdam's too
     "hybridopt_scipy/_minimize.py",
     "hybridopt_torch/_closure.py",
     "hybridopt_torch/_inplace.py",

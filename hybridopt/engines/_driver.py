@@ -43,6 +43,28 @@ def run(block):
             t = piece[0]
             call(step, table + row * t, gradients[t], piece[1], piece[2], numbers, room + 8 * width * t)
             k = claim(block)
+def place(block, i):
+    start = 0
+    for d in range(block[14]):
+        start += block[11][d * block[12] + i * block[13]] * block[15 + d]
+    return start
+def enter(block):
+    for i in range(block[1]):
+        start = place(block, i)
+        if start < 0 or start > block[10]:
+            return 0
+    call(block[9], block[6], 0, 0, -1, block[7], block[8])
+    return 1
+def rows(block):
+    i = claim(block) * block[2]
+    while i < block[1]:
+        end = i + block[2]
+        while i < end and i < block[1]:
+            start = place(block, i)
+            gradient = block[3] + (i * block[4] - start) * block[5]
+            call(block[9], block[6], gradient, start, block[4], block[7], block[8])
+            i += 1
+        i = claim(block) * block[2]
 def squares(block):
     k = claim(block)
     while k < block[1]:
@@ -50,7 +72,8 @@ def squares(block):
         call(block[5], block[3][piece[0]] + piece[1] * block[6], piece[2], block[4] + 8 * k)
         k = claim(block)
 """
-"""`run(block)` makes a step, `squares(block)` sums squares; any number of threads may do so with the same block.
+"""`run(block)` makes a step, `squares(block)` sums squares, and `rows(block)`, after `enter(block)` has found all in
+their places (it answers 0 if not), steps some rows of one tensor; any number of threads may do so with the same block.
 
 Its words for `run`: the next piece; how many pieces; the address of the pieces (tensor, start, count); what to do
 (0 all, 1 only the coefficients, 2 only pieces, until none is left); how many tensors; the addresses of the table, of
@@ -62,6 +85,12 @@ for `touch`, which says that tensors have changed, or 0.
 
 For `touch`: how many tensors; the address of a Python list of them; where in a `c10::TensorImpl` the address of its
 version's counter stands, and where in that the number.
+
+For `rows`: the next batch; how many rows; rows of a batch; the address of the gradients, one row behind the other;
+elements of a row; the size of a gradient's element; the tensor's row of the table; the addresses of the numbers and of
+room for the coefficients; the compiled rule; where the last possible row begins, in elements; the address of indices
+and their strides, from one dimension and from one row to the next; how many dimensions, and their strides in the
+tensor. The gradient that the rule is told begins where it would if there were one for the whole tensor.
 
 For `squares`: the next piece; how many; their address; the gradients' addresses; room for as many float64; the
 compiled sum; the size of an element.

@@ -86,7 +86,7 @@ def _squares(dtype: str) -> Library:
 
 
 def native() -> Words:
-    """Compiled `run`, `squares`, `touch`, `look` and `same`; see `_driver.py`.
+    """Compiled `run`, `enter`, `rows`, `squares`, `touch`, `look` and `same`; see `_driver.py`.
 
     Raises:
         Untranslatable: LLVM cannot be loaded, or failed.
@@ -101,8 +101,8 @@ def _native() -> Words:
         from hybridopt.engines._words import Words  # loads LLVM
 
         # what looks at Python's objects must be alone
-        methods = {"run": True, "squares": True, "touch": False, "look": False, "same": False}
-        return Words(STEPS + WATCH, methods)
+        alone = {"touch": False, "look": False, "same": False}
+        return Words(STEPS + WATCH, {"run": True, "enter": True, "rows": True, "squares": True, **alone})
 
 
 def _compile(rule: Rule, variant: Variant) -> Library:

@@ -14,7 +14,7 @@ from hybridopt.engines import cpu
 from hybridopt.engines._variant import SIZES
 from hybridopt.optim._flat import gradients_together, padded
 from hybridopt.optim._kind import NOTHING, Ineligible, Kind, reals, wrong_number
-from hybridopt.optim._plan import Number, Plan, _increment_version
+from hybridopt.optim._plan import Number, Plan, increment_version
 from hybridopt.optim._watch import touching
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class CpuPlan(Plan):
             self.step(self.block_address)
             if self.touching is not None:
                 return
-        _increment_version(self.params)
+        increment_version(self.params)
 
     def _block(self, work: int) -> array[int]:
         """For a parallel step, which claims its pieces from it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridopt.engines import gpu
 from hybridopt.optim._kind import NOTHING, Broken, Ineligible, Kind
-from hybridopt.optim._plan import Number, Plan, _increment_version
+from hybridopt.optim._plan import Number, Plan, increment_version
 
 if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
@@ -137,7 +137,7 @@ class DevicePlan(Plan):
                 self.hypers_there[i].fill_(value)
         blocks = ((self.aligned, True), (self.unaligned, False))
         self._launch(blocks, self.never if skip is None else skip)
-        _increment_version(self.params)
+        increment_version(self.params)
 
     def _launch(self, blocks: Sequence[tuple[Tensor, bool]], flag: Tensor) -> None:
         """Both kernels; the second for blocks that are aligned, and for those that are not."""

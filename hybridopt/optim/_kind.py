@@ -111,7 +111,7 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
         elif (
             tensor.dtype not in NAMES
             or tensor.is_complex() is not p.is_complex()
-            or not _plain(tensor)
+            or not plain(tensor)
             or not _alike(tensor, p)
         ):
             raise Odd(f"the state {name!r} is {tensor.dtype} or laid out unlike its weight")
@@ -157,13 +157,13 @@ def reals(dtype: torch.dtype) -> int:
     return 2 if dtype.is_complex else 1
 
 
-def _plain(t: Tensor) -> bool:
+def plain(t: Tensor) -> bool:
     """Whether its memory holds its numbers as they are."""
     return type(t) in PLAIN and t.layout is torch.strided and not t.is_neg() and not t.is_conj()
 
 
 def _require_plain(t: Tensor, what: str) -> None:
-    if not _plain(t):
+    if not plain(t):
         view = (
             " that is a negated or conjugated view" if type(t) in PLAIN and t.layout is torch.strided else ""
         )

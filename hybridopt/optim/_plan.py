@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hybridopt.optim._base import FusedStep
 
 # private in torch: makes autograd notice a write that it did not do
-_increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
+increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 _address = Tensor.data_ptr
 _gradient = attrgetter("grad")
 Number: TypeAlias = float | Tensor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
@@ -15,21 +15,27 @@ from torch.optim.optimizer import ParamsT
 from hybridopt.optim._extended import Extended
 from hybridopt.optim._extras import HALVES, Extras, StepOptions
 from hybridopt.optim._implementation import outside_graphs
+from hybridopt.optim._kind import Ineligible
+from hybridopt.optim._rows import RowLoop
 from hybridopt.optim._wide import lost, narrowed, stream
+from hybridopt.rules.adam import RULE
+
+GATHERED = "gathered rows"
+_STATES = ("exp_avg", "exp_avg_sq")
 
 
 class SparseAdam(Extended, torch.optim.SparseAdam):
-    """`torch.optim.SparseAdam`, its rows gathered, updated and put back at once: same arguments, same results.
+    """`torch.optim.SparseAdam`, Adam's rule on the rows that have a gradient, where they stand: same results.
 
     For dense weights with sparse gradients (`Embedding(sparse=True)`); rows without a gradient keep weight and
-    moments, which is why it is lazier than Adam. torch adds three sparse tensors to dense ones in each step, which
-    costs several times more. Hybrid gradients with several sparse dimensions are served too.
+    moments, which is why it is lazier than Adam. Hybrid gradients with several sparse dimensions are served too.
 
     Args:
         params, lr, betas, eps, maximize: as in torch.
         foreach, fused: `True` is another spelling of `implementation="foreach"`, `"fused"`.
-        implementation: `"auto"` (default) and `"foreach"`: gathered rows, on any device; `"reference"`: torch's own
-            step; `"fused"`: not there, gathered rows run instead after one warning. `repr` says which.
+        implementation: `"auto"` (default), `"fused"`: one compiled loop over the rows on the CPU, where it can be (rows
+            in one piece); else, and under `"foreach"`, the rows are gathered, stepped as one tensor and put back, on
+            any device; `"reference"`: torch's own step. `repr` says which.
         options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
             see `StepOptions`. They cost no more than the rows that have a gradient (under `"reference"`: whole copies).
 
@@ -60,8 +66,11 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
         torch.optim.SparseAdam.__init__(self, params, lr, betas, eps, maximize)
         self._configure(options, foreach, fused)
 
+    _why = ""  # rows could not be stepped by the compiled loop
+    _loops: Mapping[Tensor, RowLoop] = MappingProxyType({})
+
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq"
+        return _STATES
 
     @outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -77,16 +86,12 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reference = self._implementation == "reference"
-        self._say("torch's own code" if reference else "gathered rows")
-        if self._implementation == "fused" and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "SparseAdam: fused was asked for, but there is no compiled loop over rows; gathered rows run instead",
-                RuntimeWarning,
-                stacklevel=4,  # `outside_graphs` and torch's profiling wrapper are between
-            )
+        self._why = ""
         self._guarded_step()
+        used = "fused (llvm)" if not self._why else f"{GATHERED}: {self._why}"
+        self._say({"reference": "torch's own code", "foreach": GATHERED}.get(self._implementation, used))
+        if self._implementation == "fused" and self._why:
+            self._warn(f"fused was asked for, but {self._why}; {GATHERED} run instead")
         return loss
 
     def _torch_step(self) -> None:
@@ -114,48 +119,70 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
                 if self._extras.kahan_for(p.dtype) and "kahan_comp" not in state:
                     state["kahan_comp"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["step"] += 1
-                _update(p, state, group, factor, self._extras, number)
+                self._step_rows(p, state, group, factor, number)
+
+    def _step_rows(
+        self, p: Tensor, state: dict[str, Any], group: dict[str, Any], factor: float | None, number: int
+    ) -> None:
+        """Adam's rule on the rows that have a gradient."""
+        assert p.grad is not None
+        grad = p.grad.coalesce()  # repeated rows add up
+        g, at = grad.values(), grad.indices().unbind()
+        if g.numel() == 0:
+            return
+        g = g if factor is None else g.to(torch.float32 if p.dtype in HALVES else p.dtype) * factor
+        beta1, beta2 = map(float, group["betas"])
+        # eps is compared with the uncorrected root (Kingma & Ba 2015, end of section 2); the rule will correct it
+        eps = group["eps"] / math.sqrt(1 - beta2 ** state["step"])
+        hyper = (float(group["lr"]), beta1, beta2, eps, 0.0)
+        flags = {
+            "amsgrad": False,
+            "maximize": group.get("maximize", False),
+            "decay": False,
+            "decoupled": False,
+        }
+        if self._implementation != "foreach":
+            kahan = ["kahan_comp"] if self._extras.kahan_for(p.dtype) else []
+            states, dims = [state[name] for name in (*_STATES, *kahan)], len(at)
+            try:
+                loop = self._loops.get(p)
+                if loop is None or not loop.fits(flags, states, g, dims, number):
+                    loop = RowLoop(RULE, flags, p, states, g.dtype, dims, self._extras, number)
+                    present = {q for group in self.param_groups for q in group["params"]}
+                    self._loops = {**{q: one for q, one in self._loops.items() if q in present}, p: loop}
+                loop.step(hyper, g, grad.indices(), state["step"])
+            except Ineligible as reason:
+                self._why = str(reason)
+            else:
+                return
+        _gathered(p, state, g, at, flags, hyper, self._extras, number)
 
 
-def _update(
-    p: Tensor, state: dict[str, Any], group: dict[str, Any], factor: float | None, extras: Extras, number: int
+def _gathered(
+    p: Tensor,
+    state: dict[str, Any],
+    g: Tensor,
+    at: tuple[Tensor, ...],
+    flags: dict[str, bool],
+    hyper: tuple[float, ...],
+    extras: Extras,
+    number: int,
 ) -> None:
-    """Adam on the rows that have a gradient: torch's operations in torch's order, in few buffers."""
-    assert p.grad is not None
-    grad = p.grad.coalesce()  # repeated rows add up
+    """The rule on rows taken out, and put back."""
     dtype = torch.float32 if p.dtype in HALVES else p.dtype
-    g, at = grad.values().to(dtype), grad.indices().unbind()
-    if g.numel() == 0:
-        return
-    g = g if factor is None else g * factor
-    places = _places(p, at, g.shape) if extras.stochastic_rounding else None
-
-    def put(t: Tensor, column: int, values: Tensor) -> Tensor:
-        noise = stream(extras, p.dtype, state, number, column)
-        values = narrowed(values, t.dtype, noise, places)
-        _put(t, at, values)
-        return values
-
-    if group.get("maximize", False):
-        g = -g
-    lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-    beta1, beta2 = group["betas"]
-    rows = _take(state["exp_avg"], at, dtype)
-    exp_avg = g.sub(rows).mul_(1 - beta1).add_(rows)
-    put(state["exp_avg"], 1, exp_avg)
-    rows = _take(state["exp_avg_sq"], at, dtype, out=rows)
-    exp_avg_sq = g.pow(2).sub_(rows).mul_(1 - beta2).add_(rows)
-    put(state["exp_avg_sq"], 2, exp_avg_sq)
-    # both biases in the step, so that eps is compared with the uncorrected root (Kingma & Ba 2015, end of section 2)
-    size = lr * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-    move = exp_avg.div_(exp_avg_sq.sqrt_().add_(group["eps"])).mul_(-size)
-    rows = _take(p, at, dtype, out=rows)
     kahan = extras.kahan_for(p.dtype)
+    rows = [_take(t, at, dtype) for t in (p, *(state[name] for name in _STATES))]
     if kahan:
-        rows.add_(_take(state["kahan_comp"], at, dtype))
-    told = put(p, 0, rows.add_(move))
-    if kahan:
-        _put(state["kahan_comp"], at, lost(rows, told))
+        rows[0].add_(_take(state["kahan_comp"], at, dtype))
+    told = RULE.update(
+        rows[0], g.to(dtype), *rows[1:], 0.0, *RULE.coefficients_at(state["step"], (), hyper), **flags
+    )
+    places = _places(p, at, g.shape) if extras.stochastic_rounding else None
+    for column, (t, values) in enumerate(zip((p, *(state[name] for name in _STATES)), told, strict=False)):
+        stored = narrowed(values, t.dtype, stream(extras, p.dtype, state, number, column), places)
+        _put(t, at, stored)
+        if kahan and column == 0:
+            _put(state["kahan_comp"], at, lost(values, stored))
 
 
 def _places(p: Tensor, at: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
@@ -168,10 +195,10 @@ def _places(p: Tensor, at: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
     return places
 
 
-def _take(t: Tensor, at: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The slices of `t` at these indices into its first dimensions, as a copy; in `out` where that saves memory."""
+def _take(t: Tensor, at: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """The slices of `t` at these indices into its first dimensions, as a copy."""
     if len(at) == 1:
-        return torch.index_select(t.detach(), 0, at[0], out=out if t.dtype is dtype else None).to(dtype)
+        return torch.index_select(t.detach(), 0, at[0]).to(dtype)
     # no index at all: the gradient is one dense slice
     return (t[at] if at else t.unsqueeze(0).clone()).to(dtype)
 

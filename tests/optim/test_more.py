@@ -529,26 +529,37 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:SparseAdam. fused was asked for")
+def same(a: Tensor, b: Tensor) -> None:
+    tol = 1e-12 if a.dtype is torch.float64 else 1e-6
+    torch.testing.assert_close(a.detach(), b.detach(), rtol=tol, atol=tol, check_dtype=False)
+
+
 @pytest.mark.parametrize("coalesced", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", SPARSE)
-def test_sparse_adam_is_torchs_bit_for_bit(
+def test_sparse_adam_gives_torchs_results(
     options: str, implementation: str, dtype: torch.dtype, coalesced: bool
 ) -> None:
-    """Rows, single entries and blocks; a gradient without entries, and none at all; through checkpoints both ways."""
+    """Rows, single entries and blocks; a gradient without entries, and none at all; through checkpoints both ways.
+
+    In float64, also of float32 weights: without betas torch's second moment, v + (g² - v), loses small gradients behind
+    large ones (weights are 1e-5 off then).
+    """
+    torchs_dtype = dtype if implementation == "reference" else torch.float64
     cases = (((12, 5), 1), ((6, 4), 2), ((6, 4, 3), 2), ((9,), 1))
     torch.manual_seed(0)
     params = [torch.randn(size, dtype=dtype).requires_grad_() for size, _ in cases]
-    others = [p.detach().clone().requires_grad_() for p in params]
+    others = [p.detach().to(torchs_dtype, copy=True).requires_grad_() for p in params]
     ours = SparseAdam(params, implementation=implementation, **SPARSE[options])
     theirs = torch.optim.SparseAdam(others, **SPARSE[options])
     for k in range(8):
         for i, (size, dims) in enumerate(cases):
             count = 0 if k == 2 else 7
             grad = sparse(10 * k + i, size, dims, count, coalesced, dtype)
-            params[i].grad, others[i].grad = (None, None) if k == i + 3 else (grad, grad.clone())
+            params[i].grad, others[i].grad = (
+                (None, None) if k == i + 3 else (grad, grad.to(torchs_dtype, copy=True))
+            )
         ours.step()
         theirs.step()
         if k == 4:
@@ -557,13 +568,18 @@ def test_sparse_adam_is_torchs_bit_for_bit(
             assert mine["param_groups"] == torchs["param_groups"]
             ours.load_state_dict(torchs)
             theirs.load_state_dict(mine)
+    gathered = implementation == "foreach"
+    assert ours._used == {"reference": "torch's own code", "foreach": "gathered rows"}.get(
+        implementation, "fused (llvm)"
+    )
+    assert len(ours._loops) == (0 if gathered or implementation == "reference" else len(params))
     for p, q in zip(params, others, strict=True):
-        assert torch.equal(p, q)
+        same(p, q)
         a, b = ours.state[p], theirs.state[q]
         assert a["step"] == b["step"] == 7
         assert isinstance(a["step"], int)
-        assert torch.equal(a["exp_avg"], b["exp_avg"])
-        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+        same(a["exp_avg"], b["exp_avg"])
+        same(a["exp_avg_sq"], b["exp_avg_sq"])
 
 
 def test_sparse_adam_serves_weights_that_are_not_contiguous_and_gradients_without_index() -> None:
@@ -582,7 +598,8 @@ def test_sparse_adam_serves_weights_that_are_not_contiguous_and_gradients_withou
                     )
                 optimizer.step()
             weights.append(p.detach())
-        assert torch.equal(*weights)
+        same(*weights)
+        assert optimizer is not None
 
 
 def test_sparse_adam_leaves_the_gradient_alone() -> None:
@@ -595,12 +612,11 @@ def test_sparse_adam_leaves_the_gradient_alone() -> None:
         assert p.grad.is_coalesced() == coalesced
 
 
-@pytest.mark.filterwarnings("ignore:SparseAdam. fused was asked for")
 def test_sparse_adam_says_what_runs() -> None:
     said = {
-        "auto": "gathered rows",
+        "auto": "fused (llvm)",
         "foreach": "gathered rows",
-        "fused": "gathered rows",
+        "fused": "fused (llvm)",
         "reference": "torch's own code",
     }
     for implementation, text in said.items():
@@ -662,7 +678,8 @@ def test_sparse_adam_with_an_embedding_a_scheduler_a_closure_hooks_and_copies(im
             scheduler.step()
         assert len(seen) == (6 if cls is torch.optim.SparseAdam else 3)
         weights.append([table.weight.detach(), extra.weight.detach()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    for a, b in zip(*weights, strict=True):
+        same(a, b)
 
 
 def test_minimize_drives_sparse_adam() -> None:
@@ -677,16 +694,76 @@ def test_minimize_drives_sparse_adam() -> None:
 
 
 def test_sparse_adam_fused_warns_once() -> None:
-    table = torch.nn.Embedding(4, 2, sparse=True)
-    optimizer = SparseAdam(table.parameters(), fused=True)
-    table(torch.tensor([1])).sum().backward()
+    table = torch.nn.Parameter(torch.ones(3, 4).t())
+    optimizer = SparseAdam([table], fused=True)
+    table.grad = sparse(0, (4, 3), 1, 5, False, torch.float32)
     with pytest.warns(
-        RuntimeWarning, match="fused was asked for, but there is no compiled loop over rows"
+        RuntimeWarning, match="fused was asked for, but a row of a weight does not stand"
     ) as seen:
         optimizer.step()
     assert [w.filename for w in seen] == [__file__]
     optimizer.step()  # a second warning would be an error
-    assert "fused -> gathered rows" in repr(optimizer)
+    assert "fused -> gathered rows: a row of a weight does not stand in one piece" in repr(optimizer)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sparse_adam_steps_many_rows_on_several_threads(threads: int) -> None:
+    """Rows of several dimensions, and so many that threads share them."""
+    torch.set_num_threads(threads)
+    weights = []
+    for cls in (SparseAdam, torch.optim.SparseAdam):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(3000, 7, 40))
+        optimizer = cls([p], lr=0.1)
+        for k in range(3):
+            p.grad = sparse(k, (3000, 7, 40), 2, 20_000, False, torch.float32)
+            optimizer.step()
+        weights.append(p)
+    same(*weights)
+
+
+def test_sparse_adam_notices_what_moves() -> None:
+    """A weight or state with other memory, states loaded, another precision, another option."""
+    results = []
+    for cls in (SparseAdam, torch.optim.SparseAdam):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(6, 3))
+        optimizer = cls([p], lr=0.1)
+        for k in range(12):
+            p.grad = sparse(k, (6, 3), 1, 4, False, p.dtype)
+            if k == 2:
+                p.data = p.data.clone()
+            elif k == 4:
+                optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+            elif k == 6:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            elif k == 8:
+                optimizer.param_groups[0].update(lr=0.01, maximize=True, betas=(0.8, 0.9))
+            elif k == 10:
+                p.data, p.grad = p.data.double(), None
+                for name in ("exp_avg", "exp_avg_sq"):
+                    optimizer.state[p][name] = optimizer.state[p][name].double()
+                p.grad = sparse(k, (6, 3), 1, 4, False, torch.float64)
+            optimizer.step()
+        assert cls is not SparseAdam or optimizer._used == "fused (llvm)"
+        results.append((p.detach(), *(optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [-1, 5, 2**40])
+def test_sparse_adam_writes_nowhere_but_into_its_weight(row: int) -> None:
+    p = torch.nn.Parameter(torch.zeros(5, 2))
+    optimizer = SparseAdam([p])
+    at, values = torch.tensor([[1, row]]), torch.ones(2, 2)
+    bad = torch.sparse_coo_tensor(at, values, (5, 2), check_invariants=False, is_coalesced=True)
+    p.grad = bad
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        optimizer.step()
+    assert torch.equal(p, torch.zeros(5, 2))
+
+
+def test_sparse_adam_has_torchs_arguments() -> None:
     mine, torchs = (dict(inspect.signature(c).parameters) for c in (SparseAdam, torch.optim.SparseAdam))
     assert list(mine)[: len(torchs)] == list(torchs)
     assert set(mine) - set(torchs) == {"foreach", "fused", "options"}
