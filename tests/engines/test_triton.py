@@ -29,9 +29,10 @@ from hybridopt.optim import _plan
 from hybridopt.optim._device_plan import DevicePlan
 from tests.optim import test_against_torch as reference
 from tests.optim import test_precision as precision
+from tests.optim.side_by_side import odd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OWN = ("Lion", "ADOPT", "Adan")
+OWN = ("Lion", "ADOPT", "Adan", "AdEMAMix")
 FUSED = "fused (triton)"
 
 pytest.importorskip("triton")
@@ -140,7 +141,7 @@ def test_numbers_of_a_tensor_are_rounded_as_torch_stores_them(monkeypatch: pytes
     assert products[0] == products[1]
 
 
-@pytest.mark.parametrize("name", [*OWN, "AdamW", "SGD"])
+@pytest.mark.parametrize("name", [*OWN, "LAMB", "AdamW", "SGD"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_same_as_the_cpu_engine(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
     same_as_cpu(monkeypatch, name, dtype)
@@ -517,6 +518,50 @@ def test_cuda_graph(name: str) -> None:
                 optimizer.step()
         results.append(precision.bits(params, optimizer))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- weights of other kinds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_complex_weights(name: str, limit: float | None) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    params = on_device([torch.randn(n, dtype=torch.complex64) for n in (5, 1100)])
+    copies = on_device(params)
+    mine: Any = getattr(hybridopt.optim, name)(params, **options, max_grad_norm=limit)
+    torchs: Any = getattr(torch.optim, name)(copies, **options)
+    for _ in range(4):
+        gradients = [torch.randn_like(p) for p in params]
+        give(params, gradients)
+        give(copies, [g.clone() for g in gradients])
+        if limit:
+            torch.nn.utils.clip_grad_norm_(copies, limit)
+        mine.step()
+        torchs.step()
+    assert mine._used == FUSED
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+@odd
+def test_a_sparse_gradient_beside_others() -> None:
+    torch.manual_seed(0)
+    params = on_device([torch.randn(6, 3), torch.randn(1100)])
+    copies = on_device(params)
+    mine, torchs = hybridopt.optim.SGD(params, lr=0.1), torch.optim.SGD(copies, lr=0.1)
+    rows = torch.tensor([[1, 4, 1]], device=DEVICE)
+    for _ in range(3):
+        values, dense = torch.randn(3, 3, device=DEVICE), torch.randn(1100, device=DEVICE)
+        for own in (params, copies):
+            own[0].grad = torch.sparse_coo_tensor(rows, values, (6, 3), check_invariants=True)
+            own[1].grad = dense.clone()
+        mine.step()
+        torchs.step()
+    assert mine._used.startswith(f"{FUSED}, torch's own code: a gradient is")
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 # -- around it ------------------------------------------------------------------------------------------------
