@@ -36,6 +36,8 @@ class Start:
     """Typical distance to the optimum, as handed over by a predecessor."""
     names: tuple[tuple[str, int, int], ...] = ()
     """(name, first, last + 1) of each tensor, for messages."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the same tensors; empty = not known."""
     loss: float = math.inf
     """The loss at `x0` where it is known: found by a predecessor, or before the solver was started anew; else inf."""
     covariance: FloatArray | None = None
@@ -106,6 +108,7 @@ class Start:
             vector.eps,
             seed,
             names=names,
+            shapes=tuple(tuple(tensor.shape) for tensor in vector.tensors),
             integer=vector.integer,
             log=vector.log,
             choices=tuple((s.start, s.stop) for name, s in vector.slices.items() if name in vector.choices),
@@ -141,7 +144,8 @@ class Start:
             arrays[name] = None if value is None else torch.tensor(value)
         plain = {name: getattr(self, name) for name in self._PLAIN}
         names, choices = [list(part) for part in self.names], [list(part) for part in self.choices]
-        return arrays | plain | {"names": names, "choices": choices, "checked": sorted(self.checked)}
+        shapes, checked = [list(shape) for shape in self.shapes], sorted(self.checked)
+        return arrays | plain | {"names": names, "shapes": shapes, "choices": choices, "checked": checked}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Start:
@@ -152,8 +156,9 @@ class Start:
         }
         parts |= {name: state[name] for name in cls._PLAIN}
         names = tuple((name, first, last) for name, first, last in state["names"])
+        shapes = tuple(map(tuple, state.get("shapes", ())))  # a state of before has none
         choices = tuple((first, last) for first, last in state["choices"])
-        return cls(**parts, names=names, choices=choices, checked=frozenset(state["checked"]))
+        return cls(**parts, names=names, shapes=shapes, choices=choices, checked=frozenset(state["checked"]))
 
 
 def _home(vector: ParameterVector) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -77,24 +77,28 @@ class _ES(PopulationMethod):
 
     def memory(self, n: int) -> int:
         """Bytes of one generation, center, spread, units, an optimizer with two moments, and work copies."""
-        return 8 * n * (2 * self.pairs(n) + 11)
+        return 8 * n * (2 * self.pairs(n) + 12)
 
-    def updates(self) -> Method:
+    def updates(self, shapes: Sequence[tuple[int, ...]]) -> Method:
         """The optimizer of the center.
 
+        Args:
+            shapes: of the weights.
+
         Raises:
-            MethodError: it cannot take a step with a dense gradient of a vector.
+            MethodError: it cannot take a step with dense gradients of such weights.
         """
         chosen = read_method(USUAL if self.optimizer is None else self.optimizer)
-        vector = torch.zeros(2, dtype=torch.float64)
+        small = [torch.zeros([2] * dims, dtype=torch.float64) for dims in sorted(set(map(len, shapes)))]
         try:
-            trial = chosen.start(ParameterVector(vector), 0)
-            vector.grad = torch.ones_like(vector)
+            trial = chosen.start(ParameterVector(small), 0)
+            for weight in small:
+                weight.grad = torch.ones_like(weight)
             trial.tell(Answer(0.0))
         except (RuntimeError, ValueError) as error:
             raise MethodError(
-                f"{self.name}: expected an optimizer that takes dense gradients of a vector, e.g. 'adam(lr=0.05)', "
-                f"got {str(chosen)!r} ({error})"
+                f"{self.name}: expected an optimizer that takes dense gradients of these weights, e.g. "
+                f"'adam(lr=0.05)', got {str(chosen)!r} ({error})"
             ) from error
         return chosen
 
@@ -115,8 +119,9 @@ class OpenAIES(_ES):
 
     Args:
         optimizer: a gradient method in text (`"adam(lr=0.05)"`, `"sgd(lr=0.1, momentum=0.9)"`), a method, or a
-            `torch.optim.Optimizer` class; it updates the center, in float64 and in solver coordinates. A tenth of
-            `sigma` is a good step for Adam and its like. None = Adam with such steps, weight by weight, whatever
+            `torch.optim.Optimizer` class; it updates the center, in float64 and in solver coordinates, tensor by
+            tensor as the model has them (norms of LAMB, matrices of Muon). A tenth of `sigma` is a good step for Adam
+            and its like. None = Adam with such steps, weight by weight, whatever
             their ranges: `adam(lr=0.05)` in units in which sigma is 0.5.
         sigma: standard deviation in solver coordinates; None = handed over, or 0.3 × the range of each bounded
             weight, 0.5 for unbounded ones.
@@ -124,8 +129,9 @@ class OpenAIES(_ES):
         patience: stalled after this many generations in a row whose losses were all equal.
 
     Raises:
-        MethodError: the optimizer is none of torch, needs a closure (LBFGS), matrices (Muon) or sparse gradients
-            (SparseAdam), or has limits of its own; another option is of the wrong type or sign.
+        MethodError: the optimizer is none of torch, needs a closure (LBFGS), sparse gradients (SparseAdam), or
+            matrices where weights are none (Muon), or has limits of its own; another option is of the wrong type or
+            sign.
 
     Example:
         >>> import numpy as np, hybridopt
@@ -211,14 +217,17 @@ class _OpenAI(Strategy):
         if method.optimizer is None and (self.sigma != UNIT).any():
             self.unit = self.sigma / UNIT
             x0, bounds = x0 / self.unit, bounds / self.unit[:, None]
-        self.center = torch.tensor(x0)
-        self.optimizer = method.updates().start(ParameterVector(self.center, bounds=bounds), start.seed)
+        shapes = start.shapes or ((start.n,),)
+        self.weights = [part.clone() for part in _views(torch.from_numpy(x0), shapes)]
+        self.optimizer = method.updates(shapes).start(
+            ParameterVector(self.weights, bounds=bounds), start.seed
+        )
         return self
 
     @property
     def mu(self) -> FloatArray:
-        """The center, shape (n,), in solver coordinates: the tensor's own memory if it is in them."""
-        center: FloatArray = self.center.numpy()
+        """The center, shape (n,), in solver coordinates."""
+        center: FloatArray = torch.cat([weight.reshape(-1) for weight in self.weights]).numpy()
         return center if self.unit is None else center * self.unit
 
     def ask(self, rng: np.random.Generator) -> Rows:
@@ -238,9 +247,10 @@ class _OpenAI(Strategy):
         weights = share_by_rank(told, centered_ranks(len(told))) / len(told)
         first, second = weighted_moments(drawn, self.mu, self.sigma, weights)
         # gradients in the optimizer's units, with sigma in them
-        self.center.grad = torch.from_numpy(
-            self.gradient(first, self.sigma if self.unit is None else self.sigma / self.unit)
-        )
+        slope = self.gradient(first, self.sigma if self.unit is None else self.sigma / self.unit)
+        grads = _views(torch.from_numpy(slope), [weight.shape for weight in self.weights])
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = grad
         self.optimizer.tell(Answer(float(told.min())))
         self.adapt(second)
         self.idle = self.idle + 1 if told.min() == told.max() else 0
@@ -279,6 +289,12 @@ class _OpenAI(Strategy):
         """Take both over."""
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _views(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """The tensors of these shapes that follow each other in `flat`."""
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
+    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 @dataclass

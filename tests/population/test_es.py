@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -134,9 +135,9 @@ def test_the_optimizer_does_what_it_does_elsewhere(kind: Any, optimizer: str) ->
     for _ in range(8):
         x = strategy.ask(rng)
         strategy.tell(x, valley(x), rng)
-        twin.grad = strategy.center.grad.clone()
+        twin.grad = strategy.weights[0].grad.clone()
         plain.step()
-        assert torch.equal(twin, strategy.center)
+        assert torch.equal(twin, strategy.weights[0])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -238,3 +239,56 @@ def test_optimizers_of_other_gradients_are_refused_at_the_start(kind: Any, optim
         MethodError, match=rf"{kind.name}: expected an optimizer that takes dense gradients .*got"
     ):
         Run(bowl, np.zeros(3), kind(optimizer), budget=100)
+
+
+class TwoMatrices(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = torch.nn.Parameter(torch.randn(3, 2, generator=generator, dtype=torch.float64))
+        self.b = torch.nn.Parameter(10 * torch.randn(2, 4, generator=generator, dtype=torch.float64))
+
+
+def far(model: torch.nn.Module) -> torch.Tensor:
+    return sum((p - 1).square().sum() for p in model.parameters())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", [OpenAIES, PGPE])
+@pytest.mark.parametrize(
+    "optimizer", ["muon(lr=0.05)", "lamb(lr=0.05)", "adafactor(lr=0.05)", "adam(lr=0.1, flatten=True)"]
+)
+def test_optimizers_see_the_weights_as_the_model_has_them(kind: Any, optimizer: str) -> None:
+    """A generation's step is that of the optimizer on tensors of these shapes, given the same gradients."""
+    model = TwoMatrices()
+    run = Run(far, model, kind(optimizer, sigma=0.1), budget=400, seed=1)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    name, _, rest = optimizer.partition("(")
+    options = {
+        key: float(value)
+        for key, _, value in (o.partition("=") for o in rest[:-1].split(", "))
+        if key == "lr"
+    }
+    cls = {"muon": "Muon", "lamb": "LAMB", "adafactor": "Adafactor", "adam": "Adam"}[name]
+    theirs = getattr(hybridopt.optim, cls)(twins, **options)
+    with run:
+        strategy: Any = run.optimizer.strategy  # type: ignore[attr-defined]
+        given: list[np.ndarray[Any, Any]] = []
+        gradient = strategy.gradient
+        strategy.gradient = lambda *at: given.append(gradient(*at)) or given[-1]  # type: ignore[func-returns-value]
+        for _ in range(6):
+            run.step()
+            for twin, part in zip(twins, np.split(given[-1], [6]), strict=True):
+                twin.grad = torch.from_numpy(part.copy()).view(twin.shape)
+            theirs.step()
+            flat = torch.cat([twin.detach().reshape(-1) for twin in twins]).numpy()
+            np.testing.assert_allclose(strategy.mu, flat, rtol=1e-12, atol=1e-12)
+        state = copy.deepcopy(run.optimizer.state_dict())
+        for _ in range(3):
+            run.step()
+        end = strategy.mu.copy()
+    again = Run(far, TwoMatrices(), kind(optimizer, sigma=0.1), budget=400, seed=1)
+    with again:
+        again.optimizer.load_state_dict(state)
+        for _ in range(3):
+            again.step()
+        np.testing.assert_array_equal(again.optimizer.strategy.mu, end)  # type: ignore[attr-defined]
