@@ -62,7 +62,7 @@ class Batch:
         self.wanted = False
         """Whether a population was asked for that is worth a batch."""
         self._shrunk: list[str] = []
-        noises: tuple[Noise, ...] = ("same", "error")
+        noises: tuple[Noise, ...] = ("same", "different", "error")
         self._plain = {n: program(evaluation.loss, evaluation.vector, gradients, n) for n in noises}
         self._compiled: dict[Noise, Program] | None = None
         reason = 'batch="loop"' if choice == "loop" else self._hindrance()
@@ -112,15 +112,17 @@ class Batch:
 
     # -- one forward of many points -----------------------------------------------------------------------------
 
-    def evaluate(self, x: Rows, fresh: bool) -> tuple[FloatArray, FloatArray | None]:
+    def evaluate(self, x: Rows, fresh: bool, again: bool = False) -> tuple[FloatArray, FloatArray | None]:
         """The losses of all rows, and their gradients if this batch is for gradients. The weights stay in place.
 
         Under `vmap` a random number is drawn once for all rows, as the loop draws the same for each under the
-        policies `shared` and `fixed`; NumPy's and Python's are drawn once because the loss is called once.
+        policies `shared` and `fixed`, and for each row under `independent`; NumPy's and Python's are drawn once
+        because the loss is called once.
 
         Args:
             x: weights, shape (rows, n).
             fresh: whether the loss draws new random numbers.
+            again: it draws those of the last evaluation, for all rows.
 
         Returns:
             The losses, shape (rows,), and None or the gradients, shape (rows, n), in solver coordinates.
@@ -129,13 +131,15 @@ class Batch:
         rows = len(x)
         if self._compiled is not None and rows < self.rows:  # a program is for one number of rows
             x = x[np.minimum(np.arange(self.rows), rows - 1).tolist()]
-        batched = (self._compiled or self._plain)["error" if random.policy == "independent" else "same"]
+        common: Noise = "error" if random.policy == "independent" else "same"
+        noise: Noise = "same" if again else "different" if random.apart else common
+        batched = (self._compiled or self._plain)[noise]
         own = x.copy()  # memory of its own: a loss may write into its weights
         flat = own.tensor if isinstance(own, DeviceRows) else torch.from_numpy(own)
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of eval mode knows no batches
         evaluation.guard.lend_buffers()
-        random.begin(fresh)
+        random.begin(fresh, again)
         try:
             with torch.set_grad_enabled(self._gradients or evaluation.differentiates):
                 told = batched(flat)
@@ -170,17 +174,19 @@ class Batch:
 
         Args:
             x: weights, shape (2, n).
-            losses: of the two, finite, with the random numbers that a question which is not fresh draws.
+            losses: of the two, finite, with the random numbers that a question which is not fresh draws; where each
+                draws its own, the second's are the last drawn, and it alone is compared.
             gradients: of the two, shape (2, n), if this batch is for gradients.
             members: of the population, which is what a compiled forward takes.
 
         Returns:
             The forwards that were begun (and must be paid for).
         """
-        evaluation = self._evaluation
-        if evaluation.randomness.policy == "independent" and evaluation.randomness.used:
-            self.leave('noise="independent": every member draws numbers of its own')
+        evaluation, apart = self._evaluation, self._evaluation.randomness.apart
+        if apart and not evaluation.randomness.torch_alone:
+            self.leave('noise="independent", but numbers of NumPy and Python are drawn once for all members')
             return 0
+        known = slice(1 if apart else 0, 2)
         produced, kept = _Produced(), _Kept()
         hidden: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.choice == "auto":
@@ -189,14 +195,14 @@ class Batch:
             hidden = filters.changed("error", "There is a performance drop", UserWarning)
         try:
             with evaluation.undone_on_error(), _unreadable(evaluation.vector), hidden, produced, kept:
-                told, slopes = self.evaluate(x, fresh=False)
+                told, slopes = self.evaluate(x, fresh=False, again=apart)
         except Exception as error:  # noqa: BLE001 - whatever a loss raises under vmap, the loop can do without
             kept.settle()
             self.leave(error)
             return 2
         if kept.settle():
             self.leave("the loss keeps tensors of its forward (a history, a running mean, a hidden state)")
-        elif off := self._off(told, slopes, losses, gradients):
+        elif off := self._off(told, slopes, losses, gradients, known):
             self.leave(off)
         else:
             self._settle((x.nbytes + produced.bytes) // 2 + 1)
@@ -206,10 +212,10 @@ class Batch:
         self._compile()
         try:
             with evaluation.undone_on_error(), _unreadable(evaluation.vector):
-                told, slopes = self.evaluate(x, fresh=False)
+                told, slopes = self.evaluate(x, fresh=False, again=apart)
         except Exception as error:  # noqa: BLE001 - as above, and whatever the compiler cannot do
             self.leave(error)
-        if off := self._off(told, slopes, losses, gradients):
+        if off := self._off(told, slopes, losses, gradients, known):
             self.leave(off)
         return 4
 
@@ -219,14 +225,19 @@ class Batch:
         slopes: FloatArray | None,
         losses: Sequence[float],
         gradients: FloatArray | None,
+        known: slice,
     ) -> str:
-        """In what a forward of two points differs from one at a time; "" if in nothing."""
+        """In what a forward of two points differs from one at a time, as far as that is known; "" if in nothing."""
         eps = max(torch.finfo(t.dtype).eps for t in self._evaluation.vector.tensors)
-        near = ULPS * eps * max(map(abs, losses))
-        off = [i for i in (0, 1) if not abs(told[i] - losses[i]) <= near]
+        near = ULPS * eps * max(map(abs, losses[known]))
+        off = [i for i in range(known.start, 2) if not abs(told[i] - losses[i]) <= near]
         if off:
             return f"one forward for two members told {float(told[off[0]])!r} where one alone is {losses[off[0]]!r}"
-        if gradients is not None and slopes is not None and not _close(slopes, gradients, ULPS * eps):
+        if (
+            gradients is not None
+            and slopes is not None
+            and not _close(slopes[known], gradients[known], ULPS * eps)
+        ):
             return "one forward and backward for two members told other gradients than one alone"
         return ""
 

@@ -41,8 +41,9 @@ class Generations:
     checked against them, which costs two forwards and no evaluation. From there on the rows are cut into batches
     of a fixed size. Of the batch in which a limit falls only the rows that fit are evaluated: copies of the first
     of them stand in for the others. When the limit was raised, those answered before stand in for themselves. So
-    a row is computed in the same place of a batch of the same size, and gets the same bits, however a run is cut.
-    Stand-ins are booked as `recomputed`.
+    a row is computed in the same place of a batch of the same size, and gets the same bits, however a run is cut
+    (where each row draws numbers of its own, a batch that was cut draws them again). Stand-ins are booked as
+    `recomputed`.
     """
 
     def __init__(
@@ -179,6 +180,8 @@ class Generations:
             self._one(begun, done, probe, ledgers)
             batch.leave(error)
             return True
+        if done + fit < high and evaluation.randomness.apart:  # the rest is to draw what it would have drawn
+            evaluation.randomness.draw_again()
         for ledger in ledgers:
             ledger.recomputed += high - low - fit
         fitted = slice(done - low, done - low + fit)

@@ -13,7 +13,7 @@ from hybridopt.errors import ObjectiveError
 from hybridopt.forms import Loss, as_scalar
 from hybridopt.vector import ParameterVector
 
-Noise: TypeAlias = Literal["same", "error"]
+Noise: TypeAlias = Literal["same", "different", "error"]
 Program: TypeAlias = Callable[[Tensor], Any]
 
 
@@ -24,7 +24,7 @@ def program(loss: Loss, vector: ParameterVector, gradients: bool, noise: Noise) 
         loss: that has a functional form.
         vector: whose weights the columns are; each is rounded to its own dtype as when it is written.
         gradients: whether gradients are computed beside the losses.
-        noise: whether random numbers are drawn once for all rows, or drawing them is an error.
+        noise: whether random numbers are drawn once for all rows, for each row, or drawing them is an error.
 
     Returns:
         A function that returns the losses, shape (rows,); or with `gradients` those by each weight, shape

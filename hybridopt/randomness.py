@@ -65,8 +65,8 @@ class Randomness:
 
     Policies: `"shared"` (default): all questions of one step see the same draws (the members of a generation,
     the probes of a difference, a gradient and its value), the next step sees fresh ones. `"independent"`: every
-    evaluation sees fresh draws. `"fixed"`: every evaluation of the run sees the same draws, which makes a
-    sampled loss deterministic (sample average approximation).
+    evaluation sees fresh draws (many members in one forward: those of torch, each its own). `"fixed"`: every evaluation
+    of the run sees the same draws, which makes a sampled loss deterministic (sample average approximation).
     """
 
     def __init__(
@@ -90,6 +90,16 @@ class Randomness:
         self.used: bool | None = None
         """Whether the first evaluation drew random numbers; None before it."""
         self._uses_python = self._uses_numpy = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether each of several evaluations has to see numbers of its own."""
+        return self.policy == "independent" and bool(self.used)
+
+    @property
+    def torch_alone(self) -> bool:
+        """Whether the first evaluation drew numbers from no other generators than torch's."""
+        return not self._uses_python and not self._uses_numpy
 
     # -- session ------------------------------------------------------------------------------------------------
 
@@ -156,6 +166,10 @@ class Randomness:
         if self._after is not None:
             self._set(self._after)
             self._after = None
+
+    def draw_again(self) -> None:
+        """The next evaluation draws what the last one drew, under `"independent"` too."""
+        self._set(self._last)
 
     def savepoint(self) -> tuple[Any, ...]:
         """Where the draws stand, for `rollback`."""

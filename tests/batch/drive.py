@@ -185,7 +185,7 @@ def draws(kind: str) -> Case:
 
 def independent(kind: str) -> Case:
     loss, model, _, _ = draws(kind)
-    return Case(loss, model, "every member draws numbers of its own", {"noise": "independent"})
+    return Case(loss, model, "numbers of NumPy and Python are drawn once", {"noise": "independent"})
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -261,7 +261,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"draws: {k}": (lambda k=k: draws(k))
        for k in ("torch minibatch", "numpy minibatch", "python minibatch", "permutation", "multinomial of data",
                  "multinomial of outputs", "sample of outputs")},
-    **{f"independent: {k}": (lambda k=k: independent(k)) for k in ("torch minibatch", "numpy minibatch")},
+    **{f"independent: {k}": (lambda k=k: independent(k)) for k in ("numpy minibatch",)},
     "independent, nothing drawn": lambda: Case(on(INPUTS), linear(), options={"noise": "independent"}),
     "fixed": lambda: draws("torch minibatch")._replace(options={"noise": "fixed"}),
     "tensor": lambda: Case(lambda x: ((x - 1) ** 2).sum(), torch.zeros(3, 2)),
@@ -295,9 +295,9 @@ def new(limits: Any = None, choice: Any = "auto", noise: Any = "shared") -> Obje
     objective = Objective(on(INPUTS), network(), limits, seed=3, batch=choice, noise=noise, keep="best")
     evaluate = objective._generations.batch.evaluate
 
-    def placed(x: FloatArray, fresh: bool) -> tuple[FloatArray, None]:
+    def placed(x: FloatArray, fresh: bool, again: bool = False) -> tuple[FloatArray, None]:
         """As on a machine whose kernels round by the size of a batch and the place in it."""
-        losses, _ = evaluate(x, fresh)
+        losses, _ = evaluate(x, fresh, again)
         return losses + 1e-9 * (100 * len(x) + np.arange(len(x))), None
 
     objective._generations.batch.evaluate = placed  # type: ignore[method-assign]
@@ -315,12 +315,12 @@ def watch(objective: Objective, sizes: list[int], most: int | None = None) -> No
     """Write down how many rows each forward takes; more than `most` are too many for the memory."""
     for batch in (objective._generations.batch, objective._generations.gradient_batch):
 
-        def evaluate(x: FloatArray, fresh: bool, evaluate: Any = batch.evaluate) -> Any:
+        def evaluate(x: FloatArray, fresh: bool, again: bool = False, evaluate: Any = batch.evaluate) -> Any:
             sizes.append(len(x))
             torch.rand(len(x))
             if most is not None and len(x) > most:
                 raise torch.OutOfMemoryError("out of memory")
-            return evaluate(x, fresh)
+            return evaluate(x, fresh, again)
 
         batch.evaluate = evaluate  # type: ignore[method-assign]
 

@@ -43,17 +43,18 @@ def run(objective: Objective, budgets: list[Any], through: bool) -> tuple[list[l
         return found, objective.randomness.state_dict(), objective
 
 
+@pytest.mark.parametrize("noise", ["shared", "independent"])
 @pytest.mark.parametrize("choice", ["auto", 4])
 @pytest.mark.parametrize("unit", ["evaluations", "forward_equivalents"])
 @settings(max_examples=25)
 @given(data=st.data(), through=st.booleans())
 def test_however_a_run_is_cut_it_walks_the_same_path_bit_for_bit(
-    choice: Any, unit: str, data: st.DataObject, through: bool
+    choice: Any, noise: Any, unit: str, data: st.DataObject, through: bool
 ) -> None:
     limits = sorted(data.draw(st.sets(st.integers(1, 36), max_size=4)))
     budgets = [Budget(**{unit: limit}) for limit in limits]
-    whole, drawn, one = run(new(None, choice), [], False)
-    cut, drawn_too, other = run(new(budgets[0] if budgets else None, choice), budgets[1:], through)
+    whole, drawn, one = run(new(None, choice, noise), [], False)
+    cut, drawn_too, other = run(new(budgets[0] if budgets else None, choice, noise), budgets[1:], through)
     assert cut == whole
     for key in ("now", "mark", "last"):
         torch.testing.assert_close(drawn_too[key], drawn[key], rtol=0, atol=0)

@@ -66,7 +66,7 @@ def test_memory_may_run_out_in_the_middle_of_a_generation() -> None:
     with new(None, 5) as objective:
         evaluate = objective._generations.batch.evaluate
 
-        def short(x: FloatArray, fresh: bool) -> Any:
+        def short(x: FloatArray, fresh: bool, again: bool = False) -> Any:
             sizes.append(len(x))
             if len(sizes) == 3:
                 raise MemoryError

@@ -42,7 +42,7 @@ def test_a_population_is_answered_as_one_by_one(name: str) -> None:
     ledger = objective.ledger
     assert ledger.evaluations == plain.ledger.evaluations == 2 * ROWS + 1
     assert ledger.backward == ledger.recomputed == 0
-    never = ("with torch.", "a loss of a NumPy array", "numbers of its own")
+    never = ("with torch.", "a loss of a NumPy array", "numbers of NumPy")
     assert ledger.forward == 2 * ROWS + 1 + 2 * (not any(text in reason for text in never))
     for key in ("now", "mark", "last"):
         torch.testing.assert_close(drawn_in_batches[key], drawn[key], rtol=0, atol=0)
