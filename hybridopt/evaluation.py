@@ -152,6 +152,11 @@ class Evaluation:
         return bool(self.randomness.used) and self.randomness.policy != "fixed"
 
     @property
+    def paired(self) -> bool:
+        """Whether the members of a population draw the same random numbers, and those of the next one others."""
+        return self.stochastic and self.randomness.policy == "shared"
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the lowest loss evaluated counts as the best point (else the point where the method stands)."""
         return self.keep == "best" or (self.keep == "auto" and not self.stochastic)

@@ -104,8 +104,8 @@ class Generations:
             if slopes and alone and self._accounts.ledger.evaluations == rows:
                 self._accounts.reject(math.nan, start=True)
         gradients = None if begun.gradients is None else np.array(begun.gradients).reshape(request.x.shape)
-        keeps_best = self._evaluation.keeps_best
-        return Answer(lowest, losses, gradients, highest < math.inf, keeps_best=keeps_best)
+        keeps_best, paired = self._evaluation.keeps_best, self._evaluation.paired
+        return Answer(lowest, losses, gradients, highest < math.inf, keeps_best=keeps_best, paired=paired)
 
     @staticmethod
     def _pair(losses: Sequence[float]) -> list[int] | None:

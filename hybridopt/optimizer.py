@@ -102,6 +102,8 @@ class Answer(NamedTuple):
     """The gradient is that of a surrogate the user chose: it need not agree with the loss."""
     keeps_best: bool = True
     """Whether the lowest loss seen is that of the best point; else (it is a lucky draw) the method must name one."""
+    paired: bool = False
+    """Whether all members of the population drew the same random numbers, and the next one draws others."""
     stop: Stop | None = None
     """A limit of one of the request's own scopes was reached: nothing was evaluated (or not all of a population)."""
     array: FloatArray | None = None

@@ -79,6 +79,25 @@ class Strategy(Plain, abc.ABC):
         """The point it would name where a low loss may be a lucky draw, shape (n,), in bounds; None = has none."""
         return None
 
+    def remembered(self) -> list[FloatArray]:
+        """Other points whose losses, kept from earlier generations, may be lucky draws, each of shape (n,), in bounds.
+
+        They are evaluated again with the favourite, beside what is asked next.
+        """
+        return []
+
+    def correct(self, losses: FloatArray, paired: bool) -> float:
+        """Learn from new losses of the favourite and of what is `remembered`, in this order, shape (1 + k,).
+
+        Args:
+            losses: a rejected one is +inf.
+            paired: whether they drew the same random numbers as the generation that is told next.
+
+        Returns:
+            What to take off that generation's losses to compare them with those remembered.
+        """
+        return 0.0
+
     def hand_over(self) -> HandOver:
         """What a successor may use besides the best point, in solver coordinates; nothing by default."""
         return HandOver()
@@ -119,9 +138,10 @@ class PopulationRun:
     A generation in which no loss was finite teaches nothing: the method draws another one.
 
     Where the lowest loss is a lucky draw (`Answer.keeps_best` is False) each further generation begins with the points
-    that the run might name: the strategy's favourite, the mean of its distribution; without one, the point named so
-    far and the lowest of the last generation, compared with the same random numbers. Their losses are evaluations like
-    all others, but the strategy is not told of them. So `incumbent` is a point with a loss that did not choose it.
+    that the run might name: the strategy's favourite, the mean of its distribution or the best of what it remembers;
+    without one, the point named so far and the lowest of the last generation, compared with the same random numbers.
+    Their losses are evaluations like all others; a strategy hears of them only where it remembers losses, which it
+    corrects by them. So `incumbent` is a point with a loss that did not choose it.
     """
 
     reports: tuple[StageReport, ...] = ()
@@ -191,11 +211,14 @@ class PopulationRun:
         assert x is not None
         assert losses is not None
         self._noisy |= not answer.keeps_best
+        luck = 0.0
         if self._judged:
-            winner = int(losses[: self._judged].argmin())
-            if math.isfinite(losses[winner]):
-                self._named = Incumbent(float(losses[winner]), x[winner].copy())
-            x, losses = x[self._judged :], losses[self._judged :]
+            judged, losses = losses[: self._judged], losses[self._judged :]
+            winner = 0 if self._rival is None else int(judged.argmin())
+            if math.isfinite(judged[winner]):
+                self._named = Incumbent(float(judged[winner]), x[winner].copy())
+            x = x[self._judged :]
+            luck = self.strategy.correct(judged, answer.paired)
         lowest = losses.argmin()
         loss = float(losses[lowest])
         if loss < self._best.loss:
@@ -204,7 +227,7 @@ class PopulationRun:
             # +inf told for a rejected point: inf - inf (4 µs, a tenth of a generation, so only where there is one)
             rejected = losses[losses.argmax()] == math.inf
             with np.errstate(all="ignore") if rejected else _AS_IT_IS:
-                ending = self.strategy.tell(x, losses, self._rng)
+                ending = self.strategy.tell(x, losses - luck if luck else losses, self._rng)
             if ending is not None and self._best.x is not None and not ending.loss <= self._best.loss:
                 ending = ending._replace(loss=self._best.loss, x=self._best.x)
             self._ending = ending
@@ -227,7 +250,8 @@ class PopulationRun:
     def _candidates(self) -> list[FloatArray]:
         favourite = self.strategy.favourite()
         if favourite is not None:
-            return [favourite]
+            self._rival = None
+            return [favourite, *self.strategy.remembered()]
         return [x for x in (self._named.x, self._rival) if x is not None]
 
     def hand_over(self) -> HandOver:

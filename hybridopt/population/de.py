@@ -13,6 +13,7 @@ from hybridopt.optimizer import HandOver, Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
 from hybridopt.population._common import agree, end, first_points, handed_points, require_at_least
+from hybridopt.population._memory import Remembering
 from hybridopt.start import Ending, Start
 
 _SMALLEST = 4  # N_min of L-SHADE: the mutation needs four different points
@@ -35,9 +36,16 @@ class DifferentialEvolution(PopulationMethod):
     done only if `reduce_over` names one; the population is constant otherwise. We differ in these: the start is one
     of the first points; a rejected point is replaced by any finite one and teaches the memory nothing.
 
+    With noisy losses a point that was lucky once would stay (Krink, Filipič, Fogel & Thomsen, "Noisy Optimization
+    Problems - A Particular Challenge for Differential Evolution?", CEC 2004). So four points of the population are
+    evaluated again with each generation, which then is that many evaluations more, and their losses corrected (see
+    `Remembering` in `population/_memory.py`). Noise that a whole generation has in common (`noise="shared"`) is
+    compared away by them. A lucky draw still counts as better, so `patience` hardly ever ends a noisy run: its budget
+    does.
+
     Args:
         popsize: points in the first generation; None = 18 n as in L-SHADE if it is reduced, else 8 + n.
-        reduce_over: evaluations over which the population shrinks linearly to 4; None = it stays as it is.
+        reduce_over: evaluations over which the population shrinks linearly to 4, all counted; None = it stays as it is.
         tolfun: converged when the losses of the population differ by less than this × max(1, |best loss|).
         patience: stalled after this many generations in which no point became better.
 
@@ -89,6 +97,7 @@ class DifferentialEvolution(PopulationMethod):
         return _Evolution(
             x=np.empty((0, n)),
             losses=np.empty(0),
+            checks=np.empty(0, int),
             archive=np.empty((0, n)),
             factors=np.empty(0),
             rates=np.empty(0),
@@ -98,10 +107,9 @@ class DifferentialEvolution(PopulationMethod):
 
 
 @dataclass
-class _Evolution(Strategy):
-    x: FloatArray
-    """The population, shape (popsize, n); without rows before its losses are known."""
-    losses: FloatArray
+class _Evolution(Remembering):
+    """What it remembers is the population."""
+
     archive: FloatArray
     """Points that were replaced by better ones, shape (<= 2.6 popsize, n)."""
     factors: FloatArray
@@ -167,17 +175,23 @@ class _Evolution(Strategy):
         second += second >= high
         return self.x[first], np.concatenate([self.x, self.archive])[second]
 
+    def correct(self, losses: FloatArray, paired: bool) -> float:
+        """See `Strategy.correct`."""
+        self.evaluations += len(losses)
+        return super().correct(losses, paired)
+
     def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
         """Select, learn which settings succeeded, and shrink."""
         self.evaluations += len(losses)
         if not len(self.x):
-            self.x, self.losses = x, losses
+            self.x, self.losses, self.checks = x, losses, np.zeros(len(losses), int)
             return None
         better, kept = losses < self.losses, losses > self.losses  # eq. 6: an equal trial is taken too
         self.archive = np.concatenate([self.archive, self.x[better]])
         self._learn(better, self.losses - losses)
         self.x = np.where(kept[:, None], self.x, x)
         self.losses = np.minimum(losses, self.losses)
+        self.checks = np.where(kept, self.checks, 0)
         self._shrink(rng)
         self.idle = 0 if better.any() else self.idle + 1
         if agree(self.losses, self.method.tolfun):
@@ -207,7 +221,7 @@ class _Evolution(Strategy):
             size = round(largest + (_SMALLEST - largest) * done)  # eq. 10
             if size < len(self.x):
                 order = np.argsort(self.losses, kind="stable")[:size]
-                self.x, self.losses = self.x[order], self.losses[order]
+                self.x, self.losses, self.checks = self.x[order], self.losses[order], self.checks[order]
         room = round(_ARCHIVE * len(self.x))
         if len(self.archive) > room:
             self.archive = self.archive[rng.permutation(len(self.archive))[:room]]

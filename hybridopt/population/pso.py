@@ -14,6 +14,7 @@ from hybridopt.optimizer import HandOver, Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
 from hybridopt.population._common import agree, end, first_points, handed_points, require_at_least
+from hybridopt.population._memory import Remembering
 from hybridopt.start import Ending, Start
 
 
@@ -30,8 +31,13 @@ class PSO(PopulationMethod):
     meets a wall stays there and loses its velocity in that weight. We differ: the start is one of the first
     particles; a particle that only saw rejected points follows its neighbours alone.
 
+    With noisy losses four of the particles' best points are evaluated again with each sweep, which then is that many
+    evaluations more, and their losses corrected, so that no lucky draw is remembered for long; a point leads others
+    only when a second draw has confirmed it (see `Remembering` in `population/_memory.py`). A lucky draw still counts
+    as an improvement, so `patience` hardly ever ends a noisy run: its budget does.
+
     Args:
-        swarmsize: particles; one step is that many evaluations.
+        swarmsize: particles; one step is that many evaluations (4 more with noisy losses).
         omega: inertia, the share of its velocity that a particle keeps.
         phip, phig: largest pull towards a particle's own and its neighbours' best point.
         topology: who is a neighbour: everybody ("global", faster), or the two next particles in a ring ("ring",
@@ -80,19 +86,17 @@ class PSO(PopulationMethod):
     def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
         """See `PopulationMethod.begin`."""
         none = np.empty((0, start.n))
-        return _Swarm(none, none, none, np.empty(0), 0).serve(self, start)
+        return _Swarm(none, np.empty(0), np.empty(0, int), none, none, 0).serve(self, start)
 
 
 @dataclass
-class _Swarm(Strategy):
-    x: FloatArray
+class _Swarm(Remembering):
+    """Each particle remembers the best point that it has seen; the loss is inf where all were rejected."""
+
+    at: FloatArray
     """Positions, shape (swarmsize, n); without rows before the first sweep."""
     v: FloatArray
     """Velocities: weights a sweep."""
-    best_x: FloatArray
-    """The best point that each particle has seen."""
-    best: FloatArray
-    """Its loss, shape (swarmsize,); inf where all were rejected; empty before the first sweep was evaluated."""
     idle: int
     """Sweeps since a particle improved."""
 
@@ -106,50 +110,52 @@ class _Swarm(Strategy):
         method, start = self.method, self.start
         lower, upper = start.lower, start.upper
         shape = (method.swarmsize, start.n)
-        if not len(self.best):
-            self.x = first_points(start, method.swarmsize, rng)
-            self.v = (lower + rng.random(shape) * (upper - lower) - self.x) / 2  # Clerc's half-difference
-            return self.x
-        leader = self.best_x[self._leaders()]
-        own = np.where(np.isfinite(self.best)[:, None], self.best_x, leader)
+        if not len(self.losses):
+            self.at = first_points(start, method.swarmsize, rng)
+            self.v = (lower + rng.random(shape) * (upper - lower) - self.at) / 2  # Clerc's half-difference
+            return self.at
+        leader = self.x[self._leaders()]
+        own = np.where(np.isfinite(self.losses)[:, None], self.x, leader)
         v = (
             method.omega * self.v
-            + method.phip * rng.random(shape) * (own - self.x)
-            + method.phig * rng.random(shape) * (leader - self.x)
+            + method.phip * rng.random(shape) * (own - self.at)
+            + method.phig * rng.random(shape) * (leader - self.at)
         )
-        moved = self.x + v
+        moved = self.at + v
         # Share of targets reached on the 24 BBOB functions within 50 d / 200 d / 1000 d evaluations, d = 10: absorbed
         # .11 / .16 / .30, kept .10 / .14 / .20, reflected .06 / .11 / .28 (d = 2 and 5: absorbed best or equal).
-        self.x = np.clip(moved, lower, upper)
-        self.v = np.where(self.x == moved, v, 0.0) if method.walls == "absorb" else v
-        return self.x
+        self.at = np.clip(moved, lower, upper)
+        self.v = np.where(self.at == moved, v, 0.0) if method.walls == "absorb" else v
+        return self.at
 
     def hand_over(self) -> HandOver:
         """See `Strategy.hand_over`: the best points of the particles."""
-        return handed_points(self.best_x, self.best)
+        return handed_points(self.x, self.losses)
 
     def _leaders(self) -> npt.NDArray[np.intp]:
         """Which particle has the best point among each one's neighbours and itself, shape (swarmsize,)."""
-        size = len(self.best)
+        losses = self.standing()
+        size = len(losses)
         if self.method.topology == "global":
-            return np.full(size, np.argmin(self.best))
-        ring = np.stack([np.roll(self.best, 1), self.best, np.roll(self.best, -1)])
+            return np.full(size, np.argmin(losses))
+        ring = np.stack([np.roll(losses, 1), losses, np.roll(losses, -1)])
         leaders: npt.NDArray[np.intp] = (np.arange(size) + ring.argmin(axis=0) - 1) % size
         return leaders
 
     def tell(self, x: FloatArray, losses: FloatArray, rng: np.random.Generator) -> Ending | None:
         """Remember each particle's best point."""
-        if not len(self.best):
-            self.best_x, self.best = x, losses
+        if not len(self.losses):
+            self.x, self.losses, self.checks = x, losses, np.zeros(len(losses), int)
             return None
-        better = losses < self.best
-        self.best_x = np.where(better[:, None], x, self.best_x)
-        self.best = np.where(better, losses, self.best)
+        better = losses < self.losses
+        self.x = np.where(better[:, None], x, self.x)
+        self.losses = np.where(better, losses, self.losses)
+        self.checks = np.where(better, 0, self.checks)
         self.idle = 0 if better.any() else self.idle + 1
-        if agree(self.best, self.method.tolfun):
+        if agree(self.losses, self.method.tolfun):
             message = "the best losses of all particles agree within tolfun"
-            return end(Reason.CONVERGED, message, self.best_x, self.best)
+            return end(Reason.CONVERGED, message, self.x, self.losses)
         if self.idle >= self.method.patience:
             message = f"no particle improved in {self.idle} sweeps"
-            return end(Reason.STALLED, message, self.best_x, self.best)
+            return end(Reason.STALLED, message, self.x, self.losses)
         return None
