@@ -156,7 +156,7 @@ class Start:
         }
         parts |= {name: state[name] for name in cls._PLAIN}
         names = tuple((name, first, last) for name, first, last in state["names"])
-        shapes = tuple(map(tuple, state.get("shapes", ())))  # a state of before has none
+        shapes = tuple(map(tuple, state["shapes"]))
         choices = tuple((first, last) for first, last in state["choices"])
         return cls(**parts, names=names, shapes=shapes, choices=choices, checked=frozenset(state["checked"]))
 
