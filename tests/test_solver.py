@@ -241,13 +241,13 @@ def test_abandoned_runs_leave_nothing(solver: Method, capfd: pytest.CaptureFixtu
     others = [
         o for o in gc.get_objects() if type(o) is SolverRun
     ]  # what other tests of this process still hold
-    abandon(solver, 100)
+    abandon(solver, 50)
     threads, before = set(threading.enumerate()), resident()
-    abandon(solver, 300)
+    abandon(solver, 150)
     for thread in set(threading.enumerate()) - threads:  # they were told to end
         thread.join()
-    # a run that stays costs 30 kB at least (its stack), 300 of them 9 MB
-    assert resident() - before < 4e6
+    # a run that stays costs 30 kB at least (its stack), 150 of them 4.5 MB
+    assert resident() - before < 3e6
     known = {id(o) for o in others}
     assert not [o for o in gc.get_objects() if type(o) is SolverRun and id(o) not in known]
     assert capfd.readouterr() == ("", "")
