@@ -24,7 +24,10 @@ def _update(
     if decay:
         g = xp.fma(p, weight_decay, g)
     p = xp.fma(g, -eta, p * keep)
-    return p, xp.where(mu == 1, p, ax + (p - ax) * mu)
+    # p, in words that read ax: else the loop of mu == 1 would write an average that it has not read, which is a third
+    # slower on a processor that fetches memory ahead only where it reads
+    copied = xp.where(p == p, p, p + ax)
+    return p, xp.where(mu == 1, copied, ax + (p - ax) * mu)
 
 
 RULE = Rule(
