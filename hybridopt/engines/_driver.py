@@ -45,14 +45,15 @@ def run(block):
             k = claim(block)
 def place(block, i):
     start = 0
-    for d in range(block[14]):
-        start += block[11][d * block[12] + i * block[13]] * block[15 + d]
+    for d in range(block[13]):
+        start += block[10][d * block[11] + i * block[12]] * block[14 + d]
     return start
 def enter(block):
-    for i in range(block[1]):
-        start = place(block, i)
-        if start < 0 or start > block[10]:
-            return 0
+    for d in range(block[13]):
+        for i in range(block[1]):
+            index = block[10][d * block[11] + i * block[12]]
+            if index < 0 or index >= block[14 + block[13] + d]:
+                return 0
     call(block[9], block[6], 0, 0, -1, block[7], block[8])
     return 1
 def rows(block):
@@ -88,9 +89,9 @@ version's counter stands, and where in that the number.
 
 For `rows`: the next batch; how many rows; rows of a batch; the address of the gradients, one row behind the other;
 elements of a row; the size of a gradient's element; the tensor's row of the table; the addresses of the numbers and of
-room for the coefficients; the compiled rule; where the last possible row begins, in elements; the address of indices
-and their strides, from one dimension and from one row to the next; how many dimensions, and their strides in the
-tensor. The gradient that the rule is told begins where it would if there were one for the whole tensor.
+room for the coefficients; the compiled rule; the address of indices and their strides, from one dimension and from one
+row to the next; how many dimensions, their strides in the tensor, and their sizes. The gradient that the rule is told
+begins where it would if there were one for the whole tensor.
 
 For `squares`: the next piece; how many; their address; the gradients' addresses; room for as many float64; the
 compiled sum; the size of an element.

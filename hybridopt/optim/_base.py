@@ -38,7 +38,7 @@ class FusedStep(Extended):
     Mixed in before torch's own class: constructor checks, state keys, state dicts, schedulers, hooks and everything
     that no engine covers (`differentiable`, `capturable` on the CPU, devices other than CPU and CUDA, the very first
     step, which creates the state) stay torch's own code; 16-bit weights then run on float32 copies. So do single
-    weights that no engine can step (sparse gradients, gaps, subclasses), beside the compiled step of the others.
+    weights that no engine can step (sparse gradients, gaps, subclasses), ahead of the compiled step of the others.
     """
 
     rule: ClassVar[Rule]
@@ -51,7 +51,7 @@ class FusedStep(Extended):
     _live = False  # an option may change without being replaced
     _unscaling = False
     _shards: Shards | None = None
-    _shelf: Mapping[tuple[bool, ...], list[Part]] = MappingProxyType({})
+    _shelf: Mapping[tuple[Any, ...], list[Part]] = MappingProxyType({})
     _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
     _flattens = True
 
@@ -155,6 +155,9 @@ class FusedStep(Extended):
         else:
             for plan in plans:
                 plan.run()
+        for plan in plans or ():
+            if isinstance(plan, Aside):
+                self._warn(f"{self._asked}{plan.reason}; {self._otherwise()} runs for {plan.which}")
 
     def _current(self, plans: list[Part]) -> bool:
         """Whether the plans still describe groups, weights and states; takes over new gradients and options."""
@@ -187,6 +190,7 @@ class FusedStep(Extended):
     def _note_structure(self) -> None:
         """What plans are made for, but for options, gradients and memory."""
         self._states, self._groups = self.state, self.param_groups
+        self._versions = Versions()  # of what was there before, which would never change again
         lists = chain.from_iterable((group["params"], END) for group in self.param_groups)
         entries = [entry.values() for entry in self.state.values()]
         self._structure = Contents([*lists, self.state.values(), *entries])
@@ -207,9 +211,10 @@ class FusedStep(Extended):
         """Whether groups, weights and states are those that plans were made for last."""
         return self.state is self._states and self.param_groups is self._groups and self._structure.same()
 
-    def _pattern(self) -> tuple[bool, ...]:
+    def _pattern(self) -> tuple[Any, ...]:
         """What plans differ in when nothing is replaced."""
-        return self._unscaling, *(p.grad is None for group in self.param_groups for p in group["params"])
+        grads = (p.grad for group in self.param_groups for p in group["params"])
+        return self._unscaling, *(None if g is None else g.layout for g in grads)
 
     def _prepare(self) -> list[Part] | None:
         """Plans for all groups; None, with the reason in `repr`, if this step is not compiled."""
@@ -238,9 +243,9 @@ class FusedStep(Extended):
 
     def _adopted(self, plans: list[Part]) -> list[Part]:
         self._plans = plans
-        engines = sorted({plan.engine for plan in plans if isinstance(plan, Plan) and plan.size})
         aside = [plan for plan in plans if isinstance(plan, Aside)]
-        used = [f"fused ({', '.join(engines)})"] if engines or not aside else []
+        compiled = [plan for plan in plans if isinstance(plan, Plan) and (plan.size or not aside)]
+        used = [f"fused ({', '.join(sorted({plan.engine for plan in compiled}))})"] if compiled else []
         if aside:
             used.append(f"{self._otherwise()}: {aside[0].reason}")
         self._say(", ".join(used))
@@ -259,7 +264,7 @@ class FusedStep(Extended):
         return self._parts()
 
     def _parts(self) -> list[Part]:
-        """Those in Python first: where they raise, nothing was stepped."""
+        """Those in Python first: where torch's code refuses a weight, no plan has stepped its own."""
         parts = [part for index in range(len(self.param_groups)) for part in parts_of(self, index)]
         return sorted(parts, key=lambda part: not isinstance(part, Aside))
 

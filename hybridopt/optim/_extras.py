@@ -33,7 +33,7 @@ class StepOptions(TypedDict, total=False):
             Every class takes torch's spelling as well: `foreach=True` is `"foreach"`, `fused=True` is `"fused"`, both
             False are `"reference"`; one of them False leaves `"auto"` its choice.
         state_dtype: dtype of the elementwise states, kept by `load_state_dict`; None (default) = the weight's, as in
-            torch.
+            torch. Those of complex weights stay as the weight is.
         stochastic_rounding: 16-bit weights and states are rounded up or down at random, right on average, so that
             updates smaller than half a digit are not lost. The bits depend on seed, step, tensor and element alone (of
             a DTensor: on its shard too), on any device. float16 has nothing between 0 and 6e-8, however it is rounded:

@@ -47,7 +47,7 @@ def _step(
     if plans and len(known) == len(plans) and len({plan.kind.device for plan in known}) == 1:
         _step_on_device(optimizer, known, scale, found_inf)
         return
-    if found_inf is not None and found_inf.item():
+    if found_inf is not None and float(found_inf):
         return
     divisor = 1.0 if scale is None else scale.item()
     factor = None
@@ -77,7 +77,7 @@ def _step_on_device(
     """The same without waiting for the device, so that a graph can record it (but for `nonfinite="raise"`)."""
     extras = optimizer._extras
     numbers: dict[str, Number] = {"divisor": 1.0 if scale is None else scale, "factor": 1.0}
-    skip = None if found_inf is None else found_inf.reshape(1).float()
+    skip = None if found_inf is None else torch.as_tensor(found_inf).reshape(1).float()
     if extras.measured:
         told = [torch.as_tensor(plan.square_sum()) for plan in plans] if not optimizer._spread else []
         norm = (torch.stack(told).sum() if told else spread_square_sum(optimizer._spread)).sqrt()

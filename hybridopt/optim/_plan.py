@@ -232,13 +232,13 @@ def parts_of(optimizer: FusedStep, index: int) -> list[Part]:
     for device in dict.fromkeys(p.device.type for p in params if p.grad is not None):
         _engine(device)
     kinds: list[Kind | None] = []
-    odd: dict[Tensor, str] = {}
+    odd: list[tuple[Tensor, str]] = []
     for p in params:
         kinds.append(None)
         try:
             kinds[-1] = None if p.grad is None else kind_of(optimizer, p, flags)
         except Odd as reason:
-            odd[p] = str(reason)
+            odd.append((p, str(reason)))
     found = list(dict.fromkeys(kind for kind in kinds if kind is not None))
     if not found:  # a plan of no weights, which notices when one gets a gradient
         place = params[0].device if params else torch.device("cpu")

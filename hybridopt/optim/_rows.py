@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -67,10 +68,9 @@ class RowLoop:
         table.extend(s.data_ptr() for s in states)
         if variant.stochastic:
             table.append(number)
-        furthest = sum((n - 1) * stride for n, stride in zip(p.shape[:dims], p.stride(), strict=False))
         there = [one.buffer_info()[0] for one in (table, self.numbers, room)]
         self.block = array("q", [0, 0, _BATCH, 0, self.size, gradient.itemsize, *there, self.compiled])
-        self.block.extend([furthest, 0, 0, 0, dims, *p.stride()[:dims]])
+        self.block.extend([0, 0, 0, dims, *p.stride()[:dims], *p.shape[:dims]])
 
     def fits(
         self, flags: Mapping[str, bool], states: Sequence[Tensor], g: Tensor, dims: int, number: int
@@ -78,10 +78,10 @@ class RowLoop:
         """Whether the weight and its states are where they were, and the gradient is one of those it was made for."""
         return (
             self.known == (flags, g.dtype, dims, number)
-            and all(a is b for a, b in zip(self.states, states, strict=True))
+            and len(self.states) == len(states)
+            and all(map(is_, self.states, states))
             and self.memory is not None
             and self.memory.look() == 0
-            and plain(g)
         )
 
     def step(self, hyper: Sequence[float], g: Tensor, indices: Tensor, count: int) -> None:
@@ -94,19 +94,22 @@ class RowLoop:
             count: of the step, from 1.
 
         Raises:
-            Ineligible: nothing was changed.
+            Ineligible, IndexError: nothing was changed.
         """
         k = len(g)
-        if not g.is_contiguous():
+        if not g.is_contiguous() or not plain(g):
             raise Ineligible("the rows of a gradient do not stand in one piece")
         self.numbers[: len(hyper)] = array("d", hyper)
         self.counter[0] = count - 1.0  # the loop counts
         across, along = indices.stride() if len(indices) else (0, 0)
         block = self.block
         block[1], block[3] = k, g.data_ptr()
-        block[11], block[12], block[13] = indices.data_ptr(), across, along
+        block[10], block[11], block[12] = indices.data_ptr(), across, along
         if not self.enter(block.buffer_info()[0]):
-            raise Ineligible("an index is out of range")
+            raise IndexError(
+                f"SparseAdam: expected indices into a weight of shape {tuple(self.p.shape)}, got a gradient with some "
+                f"outside ({indices.tolist() if indices.numel() < 20 else f'{k} rows'})"
+            )
         cpu.together("rows", block, torch.get_num_threads() if k * self.size >= PARALLEL_FROM else 1)
         increment_version([self.p])
 

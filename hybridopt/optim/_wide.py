@@ -86,20 +86,24 @@ class _Lent:
         if p.dtype is not self.dtype:
             local(p).copy_(stored := narrowed(wide, p.dtype, self._stream(0, states)))
             if self.kahan:
-                states["kahan_comp"] = like(lost(wide, stored), p)
+                states["kahan_comp"] = self._in_place("kahan_comp", lost(wide, stored))
         for name, tensor in states.items():
             if self._elementwise(name, tensor):
                 column = self.active.index(name) + 1 if name in self.active else 0
                 before = self.before.get(name)
                 dtype = self.extras.state_dtype or (p.dtype if before is None else before.dtype)
                 value = narrowed(local(tensor), dtype, self._stream(column, states))
-                if before is not None and before.dtype is dtype:  # the state keeps its memory
-                    local(before).copy_(value)
-                    states[name] = before
-                else:
-                    states[name] = like(value, p)
+                states[name] = self._in_place(name, value)
         if states:
             self.optimizer.state[p].update(states)
+
+    def _in_place(self, name: str, value: Tensor) -> Any:
+        """A state keeps its memory."""
+        before = self.before.get(name)
+        if before is None or before.dtype is not value.dtype:
+            return like(value, self.p)
+        local(before).copy_(value)
+        return before
 
     def _elementwise(self, name: str, tensor: Any) -> bool:
         return (

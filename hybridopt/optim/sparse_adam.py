@@ -28,7 +28,8 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
     """`torch.optim.SparseAdam`, Adam's rule on the rows that have a gradient, where they stand: same results.
 
     For dense weights with sparse gradients (`Embedding(sparse=True)`); rows without a gradient keep weight and
-    moments, which is why it is lazier than Adam. Hybrid gradients with several sparse dimensions are served too.
+    moments, which is why it is lazier than Adam. Hybrid gradients with several sparse dimensions are served too. A
+    learning rate that is a tensor counts as the number it holds.
 
     Args:
         params, lr, betas, eps, maximize: as in torch.
@@ -68,6 +69,10 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
 
     _why = ""  # rows could not be stepped by the compiled loop
     _loops: Mapping[Tensor, RowLoop] = MappingProxyType({})
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._loops = {}  # they hold the states
 
     def _active(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return _STATES

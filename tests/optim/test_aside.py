@@ -219,6 +219,82 @@ def test_an_optimizer_with_odd_weights_is_freed_at_once() -> None:
         gc.enable()
 
 
+@odd
+def test_a_weight_listed_twice_is_stepped_twice() -> None:
+    ends = []
+    for package in (hybridopt.optim, torch.optim):
+        p = Parameter(torch.ones(4, 2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of duplicates
+            optimizer = package.SGD([p, p], lr=0.1)
+        p.grad = torch.ones(2, 4).t()
+        optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+@odd
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_that_are_expanded_or_another_weights_too(scaled: bool) -> None:
+    p, q = Parameter(torch.zeros(8)[::2]), Parameter(torch.zeros(4))
+    r = Parameter(torch.zeros(4))
+    optimizer = hybridopt.optim.SGD([p, q, r], lr=0.1, max_grad_norm=100.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+    scaler.scale(torch.ones(()))
+    p.grad = q.grad = torch.full((4,), 8.0 if scaled else 1.0)
+    # a GradScaler itself takes no expanded gradient
+    r.grad = torch.full((4,), 8.0) if scaled else torch.tensor(1.0).expand(4)
+    version = r.grad._version
+    scaler.step(optimizer)
+    for weight in (p, q, r):
+        torch.testing.assert_close(weight.detach(), torch.full((4,), -0.1))
+    assert scaled or r.grad._version == version
+
+
+def test_a_warning_that_is_an_error_leaves_a_whole_step() -> None:
+    p, q = Parameter(torch.ones(8)[::2]), Parameter(torch.ones(3))
+    optimizer = hybridopt.optim.SGD([p, q], lr=0.1)
+    p.grad, q.grad = torch.ones(4), torch.ones(3)
+    with pytest.raises(RuntimeWarning, match="has gaps"):  # as everywhere in these tests
+        optimizer.step()
+    assert p.tolist() == pytest.approx([0.9] * 4)
+    assert q.tolist() == pytest.approx([0.9] * 3)
+
+
+@odd
+def test_gradients_that_are_sparse_in_turn_are_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(hybridopt.optim)
+    made = []
+    parts = hybridopt.optim.SGD._parts
+    monkeypatch.setattr(hybridopt.optim.SGD, "_parts", lambda self: made.append(1) or parts(self))  # type: ignore[func-returns-value]
+    for k in range(8):
+        case.steps(range(k, k + 1), sparse=k % 2 == 0)
+    assert len(made) == 2
+
+
+@odd
+def test_what_is_said_follows_the_reason() -> None:
+    case = Case(hybridopt.optim)
+    case.steps(range(2))
+    assert SPARSE in case.optimizer._used
+    case.give(2, sparse=False)
+    case.params[1].grad = torch.randn(3, 6).t()
+    case.optimizer.step()
+    assert "laid out unlike" in case.optimizer._used
+
+
+@odd
+def test_a_compensated_odd_weight_keeps_its_states_memory() -> None:
+    p = Parameter(torch.ones(8).bfloat16()[::2])
+    optimizer = hybridopt.optim.AdamW([p, Parameter(torch.ones(3))], kahan_sum=True)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        kept = optimizer.state[p]["kahan_comp"]
+    optimizer.step()
+    assert optimizer.state[p]["kahan_comp"] is kept
+
+
 # -- complex weights --------------------------------------------------------------------------------------------------
 
 

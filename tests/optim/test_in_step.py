@@ -274,6 +274,16 @@ def test_grad_scaler_with_sparse_gradients() -> None:
         torch.testing.assert_close(*results)
 
 
+def test_a_grad_scaler_without_any_gradient() -> None:
+    """As torch's fused step: nothing is done."""
+    p = Parameter(torch.ones(3))
+    optimizer, scaler = make("Adam", [p]), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert p.tolist() == [1.0] * 3
+    assert optimizer._used == COMPILED
+
+
 def test_one_grad_scaler_for_two_optimizers() -> None:
     """An infinite gradient of one leaves the other's step alone; without a scaler steps go on as plain ones."""
     params = weights(torch.float32)

@@ -168,3 +168,25 @@ def test_implementation_errors() -> None:
         hybridopt.optim.RMSprop(p, foreach=True, implementation="fused")
     with pytest.raises(RuntimeError, match="cannot be `True` together"):
         hybridopt.optim.RMSprop(p, foreach=True, fused=True)
+
+
+@pytest.mark.parametrize("change", ["lr", "state"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_changes_after_loading_into_a_running_optimizer_is_seen(name: str, change: str) -> None:
+    """The dicts of before, which nobody writes to any more, are not what is watched; nor are they kept."""
+    case = pair(name)
+    ours, _, theirs, _ = case
+    both(case, range(3))
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    both(case, range(3, 5))
+    for optimizer in (ours, theirs):
+        if change == "lr":
+            optimizer.param_groups[0]["lr"] = 1e-3
+        else:
+            for entry in optimizer.state.values():
+                for key, value in entry.items():
+                    entry[key] = value * 0.5 if value.numel() > 1 else value
+    both(case, range(5, 8))
+    assert ours._used == COMPILED
+    assert_same(case)
