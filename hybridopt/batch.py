@@ -25,6 +25,7 @@ from hybridopt.vector import FloatArray, ParameterVector
 Choice: TypeAlias = Literal["auto", "vmap", "compiled", "loop"] | int
 
 ALLOWANCE = {"cpu": 2**28, "cuda": 2**31}  # bytes that the operations of one forward may produce
+_ONCE = 'noise="independent", but numbers of NumPy and Python are drawn once for all members'
 ULPS = 256  # by which a batched loss may differ from the looped one, in units of the weights' precision
 
 
@@ -112,7 +113,9 @@ class Batch:
 
     # -- one forward of many points -----------------------------------------------------------------------------
 
-    def evaluate(self, x: Rows, fresh: bool, again: bool = False) -> tuple[FloatArray, FloatArray | None]:
+    def evaluate(
+        self, x: Rows, fresh: bool, again: bool = False, common: bool = False
+    ) -> tuple[FloatArray, FloatArray | None]:
         """The losses of all rows, and their gradients if this batch is for gradients. The weights stay in place.
 
         Under `vmap` a random number is drawn once for all rows, as the loop draws the same for each under the
@@ -122,7 +125,8 @@ class Batch:
         Args:
             x: weights, shape (rows, n).
             fresh: whether the loss draws new random numbers.
-            again: it draws those of the last evaluation, for all rows.
+            again: it draws those of the last evaluation.
+            common: all rows draw the same, also under `independent`.
 
         Returns:
             The losses, shape (rows,), and None or the gradients, shape (rows, n), in solver coordinates.
@@ -131,8 +135,9 @@ class Batch:
         rows = len(x)
         if self._compiled is not None and rows < self.rows:  # a program is for one number of rows
             x = x[np.minimum(np.arange(self.rows), rows - 1).tolist()]
-        common: Noise = "error" if random.policy == "independent" else "same"
-        noise: Noise = "same" if again else "different" if random.apart else common
+        noise: Noise = "same"
+        if random.policy == "independent" and not common:
+            noise = "different" if random.apart else "error"
         batched = (self._compiled or self._plain)[noise]
         own = x.copy()  # memory of its own: a loss may write into its weights
         flat = own.tensor if isinstance(own, DeviceRows) else torch.from_numpy(own)
@@ -141,8 +146,11 @@ class Batch:
         evaluation.guard.lend_buffers()
         random.begin(fresh, again)
         try:
+            before = random.others() if noise == "different" else ()
             with torch.set_grad_enabled(self._gradients or evaluation.differentiates):
                 told = batched(flat)
+            if before and random.others() != before:
+                raise RuntimeError(_ONCE)
         finally:
             random.end()
             torch.backends.mha.set_fastpath_enabled(fused)
@@ -184,7 +192,7 @@ class Batch:
         """
         evaluation, apart = self._evaluation, self._evaluation.randomness.apart
         if apart and not evaluation.randomness.torch_alone:
-            self.leave('noise="independent", but numbers of NumPy and Python are drawn once for all members')
+            self.leave(_ONCE)
             return 0
         known = slice(1 if apart else 0, 2)
         produced, kept = _Produced(), _Kept()
@@ -195,7 +203,7 @@ class Batch:
             hidden = filters.changed("error", "There is a performance drop", UserWarning)
         try:
             with evaluation.undone_on_error(), _unreadable(evaluation.vector), hidden, produced, kept:
-                told, slopes = self.evaluate(x, fresh=False, again=apart)
+                told, slopes = self.evaluate(x, fresh=False, again=apart, common=apart)
         except Exception as error:  # noqa: BLE001 - whatever a loss raises under vmap, the loop can do without
             kept.settle()
             self.leave(error)
@@ -205,14 +213,15 @@ class Batch:
         elif off := self._off(told, slopes, losses, gradients, known):
             self.leave(off)
         else:
-            self._settle((x.nbytes + produced.bytes) // 2 + 1)
+            shared = 1 if apart else 2  # numbers that were drawn once here will be drawn for each
+            self._settle((x.nbytes + produced.bytes) // shared + 1)
         if self.choice != "compiled":
             return 2
         self.rows = min(self.rows, max(2, members))
         self._compile()
         try:
             with evaluation.undone_on_error(), _unreadable(evaluation.vector):
-                told, slopes = self.evaluate(x, fresh=False, again=apart)
+                told, slopes = self.evaluate(x, fresh=False, again=apart, common=apart)
         except Exception as error:  # noqa: BLE001 - as above, and whatever the compiler cannot do
             self.leave(error)
         if off := self._off(told, slopes, losses, gradients, known):

@@ -169,7 +169,10 @@ class Generations:
                 x = evaluation.decoded(begun.x[low:high])
                 if fit < high - done:
                     x[done - low + fit :] = x[done - low]
-                values, slopes = batch.evaluate(x, done == 0 and not probe)
+                drawn = (
+                    done > low and evaluation.randomness.apart
+                )  # for all rows, before a limit cut the batch
+                values, slopes = batch.evaluate(x, done == 0 and not probe, again=drawn)
         except Exception as error:
             if out_of_memory(error):
                 batch.shrink(high - low, self._accounts.ledger.evaluations)
@@ -180,8 +183,6 @@ class Generations:
             self._one(begun, done, probe, ledgers)
             batch.leave(error)
             return True
-        if done + fit < high and evaluation.randomness.apart:  # the rest is to draw what it would have drawn
-            evaluation.randomness.draw_again()
         for ledger in ledgers:
             ledger.recomputed += high - low - fit
         fitted = slice(done - low, done - low + fit)

@@ -167,9 +167,10 @@ class Randomness:
             self._set(self._after)
             self._after = None
 
-    def draw_again(self) -> None:
-        """The next evaluation draws what the last one drew, under `"independent"` too."""
-        self._set(self._last)
+    def others(self) -> tuple[Any, ...]:
+        """Where NumPy's and Python's generators stand; tells whether a lent one was used."""
+        inner, (_, words, _) = self._numpy.state["state"], random.getstate()
+        return inner["pos"], int(inner["key"][0]), words[0], words[-1]
 
     def savepoint(self) -> tuple[Any, ...]:
         """Where the draws stand, for `rollback`."""

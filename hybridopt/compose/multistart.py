@@ -60,9 +60,9 @@ class MultiStart(Method):
             0.3 × the range of a bounded weight, 0.5 of others.
         keep, rung: as in `Race`; `keep=1` drops nobody.
 
-    Starts that share a program also share the draws of a loss that draws random numbers, do not move buffers such as
-    BatchNorm's statistics, and treat a weight that the loss does not depend on as one of gradient 0. A start whose loss
-    was not finite 30 times in a row is dropped.
+    Starts that share a program also share the draws of a loss that draws random numbers (but under
+    `noise="independent"`), do not move buffers such as BatchNorm's statistics, and treat a weight that the loss does
+    not depend on as one of gradient 0. A start whose loss was not finite 30 times in a row is dropped.
 
     Raises:
         MethodError: an option is of the wrong type or sign; more than 21201 weights for `"sobol"`.

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import HandOver, Need
+from hybridopt.optimizer import Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
-from hybridopt.population._common import agree, end, first_points, handed_points, require_at_least
+from hybridopt.population._common import agree, end, first_points, require_at_least
 from hybridopt.population._memory import Remembering
 from hybridopt.start import Ending, Start
 
@@ -37,15 +37,15 @@ class DifferentialEvolution(PopulationMethod):
     of the first points; a rejected point is replaced by any finite one and teaches the memory nothing.
 
     With noisy losses a point that was lucky once would stay (Krink, Filipič, Fogel & Thomsen, "Noisy Optimization
-    Problems - A Particular Challenge for Differential Evolution?", CEC 2004). So four points of the population are
-    evaluated again with each generation, which then is that many evaluations more, and their losses corrected (see
-    `Remembering` in `population/_memory.py`). Noise that a whole generation has in common (`noise="shared"`) is
-    compared away by them. A lucky draw still counts as better, so `patience` hardly ever ends a noisy run: its budget
-    does.
+    Problems - A Particular Challenge for Differential Evolution?", CEC 2004). So (and under `keep="last"`) four points
+    of the population are evaluated again with each generation, which then is that many evaluations more, and their
+    losses corrected (see `Remembering` in `population/_memory.py`). Noise that a whole generation has in common
+    (`noise="shared"`) is compared away by them. A lucky draw still counts as better, so `patience` hardly ever ends a
+    noisy run: its budget does.
 
     Args:
         popsize: points in the first generation; None = 18 n as in L-SHADE if it is reduced, else 8 + n.
-        reduce_over: evaluations over which the population shrinks linearly to 4, all counted; None = it stays as it is.
+        reduce_over: evaluations over which the population shrinks linearly to 4; None = it stays as it is.
         tolfun: converged when the losses of the population differ by less than this × max(1, |best loss|).
         patience: stalled after this many generations in which no point became better.
 
@@ -148,10 +148,6 @@ class _Evolution(Remembering):
         crossed = rng.random((size, n)) < CR
         crossed[np.arange(size), rng.integers(n, size=size)] = True
         return np.where(crossed, v, self.x)  # eq. 5: binomial crossover
-
-    def hand_over(self) -> HandOver:
-        """See `Strategy.hand_over`: the population."""
-        return handed_points(self.x, self.losses)
 
     def _draw_settings(self, rng: np.random.Generator) -> None:
         size = len(self.x)

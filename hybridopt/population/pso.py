@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
-from hybridopt.optimizer import HandOver, Need
+from hybridopt.optimizer import Need
 from hybridopt.options import check_options
 from hybridopt.population._base import FloatArray, PopulationMethod, Strategy
-from hybridopt.population._common import agree, end, first_points, handed_points, require_at_least
+from hybridopt.population._common import agree, end, first_points, require_at_least
 from hybridopt.population._memory import Remembering
 from hybridopt.start import Ending, Start
 
@@ -31,10 +31,10 @@ class PSO(PopulationMethod):
     meets a wall stays there and loses its velocity in that weight. We differ: the start is one of the first
     particles; a particle that only saw rejected points follows its neighbours alone.
 
-    With noisy losses four of the particles' best points are evaluated again with each sweep, which then is that many
-    evaluations more, and their losses corrected, so that no lucky draw is remembered for long; a point leads others
-    only when a second draw has confirmed it (see `Remembering` in `population/_memory.py`). A lucky draw still counts
-    as an improvement, so `patience` hardly ever ends a noisy run: its budget does.
+    With noisy losses (and under `keep="last"`) four of the particles' best points are evaluated again with each sweep,
+    which then is that many evaluations more, and their losses corrected, so that no lucky draw is remembered for long;
+    a point leads others only when a second draw has confirmed it (see `Remembering` in `population/_memory.py`). A
+    lucky draw still counts as an improvement, so `patience` hardly ever ends a noisy run: its budget does.
 
     Args:
         swarmsize: particles; one step is that many evaluations (4 more with noisy losses).
@@ -127,10 +127,6 @@ class _Swarm(Remembering):
         self.at = np.clip(moved, lower, upper)
         self.v = np.where(self.at == moved, v, 0.0) if method.walls == "absorb" else v
         return self.at
-
-    def hand_over(self) -> HandOver:
-        """See `Strategy.hand_over`: the best points of the particles."""
-        return handed_points(self.x, self.losses)
 
     def _leaders(self) -> npt.NDArray[np.intp]:
         """Which particle has the best point among each one's neighbours and itself, shape (swarmsize,)."""

@@ -295,9 +295,9 @@ def new(limits: Any = None, choice: Any = "auto", noise: Any = "shared") -> Obje
     objective = Objective(on(INPUTS), network(), limits, seed=3, batch=choice, noise=noise, keep="best")
     evaluate = objective._generations.batch.evaluate
 
-    def placed(x: FloatArray, fresh: bool, again: bool = False) -> tuple[FloatArray, None]:
+    def placed(x: FloatArray, fresh: bool, **how: bool) -> tuple[FloatArray, None]:
         """As on a machine whose kernels round by the size of a batch and the place in it."""
-        losses, _ = evaluate(x, fresh, again)
+        losses, _ = evaluate(x, fresh, **how)
         return losses + 1e-9 * (100 * len(x) + np.arange(len(x))), None
 
     objective._generations.batch.evaluate = placed  # type: ignore[method-assign]
@@ -315,12 +315,12 @@ def watch(objective: Objective, sizes: list[int], most: int | None = None) -> No
     """Write down how many rows each forward takes; more than `most` are too many for the memory."""
     for batch in (objective._generations.batch, objective._generations.gradient_batch):
 
-        def evaluate(x: FloatArray, fresh: bool, again: bool = False, evaluate: Any = batch.evaluate) -> Any:
+        def evaluate(x: FloatArray, fresh: bool, evaluate: Any = batch.evaluate, **how: bool) -> Any:
             sizes.append(len(x))
             torch.rand(len(x))
             if most is not None and len(x) > most:
                 raise torch.OutOfMemoryError("out of memory")
-            return evaluate(x, fresh, again)
+            return evaluate(x, fresh, **how)
 
         batch.evaluate = evaluate  # type: ignore[method-assign]
 

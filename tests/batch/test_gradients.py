@@ -158,8 +158,8 @@ def test_other_gradients_in_a_batch_are_found_out() -> None:
         batch = objective._generations.gradient_batch
         evaluate = batch.evaluate
 
-        def wrong(x: FloatArray, fresh: bool, again: bool = False) -> Any:
-            losses, gradients = evaluate(x, fresh)
+        def wrong(x: FloatArray, fresh: bool, **how: bool) -> Any:
+            losses, gradients = evaluate(x, fresh, **how)
             assert gradients is not None
             return losses, gradients * [1, 1 + 1e-9]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hybridopt
 from hybridopt.objective import Objective
 from tests.batch.drive import INPUTS, ask, linear, way
 
@@ -94,3 +95,31 @@ def test_numbers_of_numpy_and_python_keep_the_loop(draw: Any) -> None:
         assert len(set(losses.tolist())) == 6
         assert way(one)[0] == "loop"
         assert 'noise="independent", but numbers of NumPy and Python are drawn once' in way(one)[1]
+
+
+def test_numbers_of_numpy_that_are_drawn_later_are_noticed() -> None:
+    later: list[int] = []
+
+    def loss(x: Tensor) -> Tensor:
+        return masked(x) * (np.random.rand() if later else 1.0)
+
+    with objective(loss) as one:
+        one.answer(ask(np.ones((6, N))))
+        assert way(one)[0] == "vmap"
+        later.append(1)
+        losses = one.answer(ask(np.ones((6, N)))).losses
+        assert losses is not None
+        assert len(set(losses.tolist())) == 6
+        assert "drawn once for all members" in way(one)[1]
+
+
+def test_after_a_batch_that_a_limit_cut_nobody_draws_the_same_again() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return (x * 0).sum() + torch.rand((), dtype=torch.float64)
+
+    x = torch.zeros(N, dtype=torch.float64)
+    text = "pso(swarmsize=10, evaluations=25) > cmaes(popsize=8)"
+    tracker = hybridopt.Tracker()
+    hybridopt.minimize(loss, x, text, budget=90, seed=3, bounds=(-1, 1), noise="independent", tracker=tracker)
+    losses = tracker.runs[0].column("loss")
+    assert len(set(losses)) == len(losses) == 90

@@ -66,11 +66,11 @@ def test_memory_may_run_out_in_the_middle_of_a_generation() -> None:
     with new(None, 5) as objective:
         evaluate = objective._generations.batch.evaluate
 
-        def short(x: FloatArray, fresh: bool, again: bool = False) -> Any:
+        def short(x: FloatArray, fresh: bool, **how: bool) -> Any:
             sizes.append(len(x))
             if len(sizes) == 3:
                 raise MemoryError
-            return evaluate(x, fresh)
+            return evaluate(x, fresh, **how)
 
         objective._generations.batch.evaluate = short  # type: ignore[method-assign]
         objective.answer(ask(GENERATIONS[0]))
