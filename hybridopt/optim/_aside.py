@@ -100,9 +100,3 @@ def square_sum(gradients: Iterable[Tensor]) -> float:
         wide = torch.complex128 if g.dtype.is_complex else torch.float64
         total += torch.linalg.vector_norm(dense, dtype=wide).item() ** 2
     return total
-
-
-def unscale(gradients: Iterable[Tensor], scale: float) -> None:
-    """Divide gradients, in place."""
-    for g in gradients:
-        g.div_(scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridopt.errors import NonFiniteLoss
-from hybridopt.optim._aside import square_sum, unscale
+from hybridopt.optim._aside import square_sum
 from hybridopt.optim._plan import Number, Part, Plan
 from hybridopt.optim._shards import local, spread_square_sum
 
@@ -63,7 +63,8 @@ def _step(
             factor = 1.0 if factor > 1 else factor  # nan stays
     if plans is None:
         if scale is not None:
-            unscale(_gradients(optimizer), divisor)
+            for g in _gradients(optimizer):
+                g.div_(divisor)
         optimizer._elsewhere(factor)
     else:
         numbers = {"divisor": divisor, "factor": 1.0 if factor is None else factor}

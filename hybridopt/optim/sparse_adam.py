@@ -124,7 +124,11 @@ class SparseAdam(Extended, torch.optim.SparseAdam):
                 if self._extras.kahan_for(p.dtype) and "kahan_comp" not in state:
                     state["kahan_comp"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["step"] += 1
-                self._step_rows(p, state, group, factor, number)
+                try:
+                    self._step_rows(p, state, group, factor, number)
+                except BaseException:
+                    state["step"] -= 1
+                    raise
 
     def _step_rows(
         self, p: Tensor, state: dict[str, Any], group: dict[str, Any], factor: float | None, number: int

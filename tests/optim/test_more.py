@@ -761,6 +761,7 @@ def test_sparse_adam_writes_nowhere_but_into_its_weight(row: int) -> None:
     with pytest.raises(IndexError, match="indices"):
         optimizer.step()
     assert torch.equal(p, torch.zeros(3, 5, 2))
+    assert optimizer.state[p]["step"] == 0
 
 
 def test_sparse_adam_has_torchs_arguments() -> None:
