@@ -1,4 +1,4 @@
-"""The compiled CPU engine: its disk cache, what it refuses and how it says so, and what an import costs."""
+"""The compiled CPU engine: its disk cache, what it refuses and how it says so, what an import costs, large indices."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,3 +350,45 @@ def _numbers(step: float, lr: float) -> tuple[float, float]:
     return first, (NEGATIVE**step + step % 3) * xp.maximum(1, xp.minimum(step, 1.5)) * xp.sqrt(
         xp.exp(xp.log(step))
     )
+
+
+@pytest.mark.parametrize("start", [2**31 + 5, 2**33 + 3])
+def test_elements_beyond_32_bits(start: int) -> None:
+    """By arithmetic: addresses begin so far ahead that element `start` is the first there is."""
+    params = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    params[1].data.copy_(params[0].data)
+    optimizers = [hybridopt.optim.Adam([p], lr=0.1) for p in params]
+    for k in range(3):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.full((5,), 1.0 + k)
+            optimizer.step()
+    plan: Any = optimizers[0]._plans[0]
+    for column in range(2, len(plan.table)):
+        plan.table[column] -= 4 * start
+    plan.gradients[0] -= 4 * start
+    plan.pieces = array("q", [0, start, 5])
+    plan.step(plan._block(1).buffer_info()[0])
+    cpu.together("run", plan._block(2), 1)
+    optimizers[1].step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("start", [0, 2**31 + 5, 2**33 + 3])
+def test_noise_of_elements_beyond_32_bits(start: int) -> None:
+    """It goes by all bits of the place."""
+    p = torch.nn.Parameter(torch.linspace(1, 2, 64).bfloat16())
+    optimizer = hybridopt.optim.SGD([p], lr=2**-12, stochastic_rounding=True, seed=7)
+    for _ in range(2):
+        p.grad = torch.linspace(1, 3, 64).bfloat16()
+        optimizer.step()
+    plan: Any = optimizer._plans[0]
+    before = p.detach().float()
+    assert p.grad is not None
+    exact = before - 2**-12 * p.grad.float()
+    plan.table[2] -= 2 * start
+    plan.gradients[0] -= 2 * start
+    plan.pieces = array("q", [0, start, 64])
+    plan.step(plan._block(1).buffer_info()[0])
+    cpu.together("run", plan._block(2), 1)
+    key = _noise.key(7, 3, 0, 0)
+    assert torch.equal(p.detach(), _noise.rounded(exact, torch.bfloat16, key, start + torch.arange(64)))
