@@ -169,9 +169,8 @@ class Generations:
                 x = evaluation.decoded(begun.x[low:high])
                 if fit < high - done:
                     x[done - low + fit :] = x[done - low]
-                drawn = (
-                    done > low and evaluation.randomness.apart
-                )  # for all rows, before a limit cut the batch
+                # numbers of its own were drawn for each row before a limit cut the batch
+                drawn = done > low and evaluation.randomness.apart
                 values, slopes = batch.evaluate(x, done == 0 and not probe, again=drawn)
         except Exception as error:
             if out_of_memory(error):

@@ -121,8 +121,8 @@ class OpenAIES(_ES):
         optimizer: a gradient method in text (`"adam(lr=0.05)"`, `"sgd(lr=0.1, momentum=0.9)"`), a method, or a
             `torch.optim.Optimizer` class; it updates the center, in float64 and in solver coordinates, tensor by
             tensor as the model has them (norms of LAMB, matrices of Muon). A tenth of `sigma` is a good step for Adam
-            and its like. None = Adam with such steps, weight by weight, whatever
-            their ranges: `adam(lr=0.05)` in units in which sigma is 0.5.
+            and its like. None = Adam with such steps, weight by weight, whatever their ranges: `adam(lr=0.05)` in
+            units in which sigma is 0.5.
         sigma: standard deviation in solver coordinates; None = handed over, or 0.3 × the range of each bounded
             weight, 0.5 for unbounded ones.
         popsize: points a generation, even; None = 4 + 2 ⌊1.5 ln n⌋.
