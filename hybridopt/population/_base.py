@@ -214,7 +214,8 @@ class PopulationRun:
         luck = 0.0
         if self._judged:
             judged, losses = losses[: self._judged], losses[self._judged :]
-            winner = 0 if self._rival is None else int(judged.argmin())
+            rivals = self._judged > 1 and self.strategy.favourite() is None  # else the favourite is named
+            winner = int(judged.argmin()) if rivals else 0
             if math.isfinite(judged[winner]):
                 self._named = Incumbent(float(judged[winner]), x[winner].copy())
             x = x[self._judged :]
@@ -250,7 +251,6 @@ class PopulationRun:
     def _candidates(self) -> list[FloatArray]:
         favourite = self.strategy.favourite()
         if favourite is not None:
-            self._rival = None
             return [favourite, *self.strategy.remembered()]
         return [x for x in (self._named.x, self._rival) if x is not None]
 
