@@ -26,8 +26,6 @@ class Aside(Part):
         odd: the weights (one that is listed twice is stepped twice), and why no engine can step each.
     """
 
-    engine = "python"
-
     def __init__(self, optimizer: FusedStep, index: int, odd: Sequence[tuple[Tensor, str]]) -> None:
         self.optimizer = weakref.ref(optimizer)
         self.index = index

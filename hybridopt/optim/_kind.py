@@ -95,7 +95,7 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
         tensor = entry.get(name)
         if tensor is None:
             raise FirstStep("first step, which creates the state")
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+        if not plain(tensor):
             raise Odd(f"the state {name!r} is not a plain tensor")
         if tensor.device != p.device and name in counters and ENGINES.get(p.device.type) == "triton":
             tensor = entry[name] = tensor.to(p.device)  # where torch's own fused step keeps it too
@@ -108,12 +108,7 @@ def kind_of(optimizer: FusedStep, p: Tensor, flags: dict[str, bool]) -> Kind:
                 step = tensor.dtype
             else:
                 numbers.add(tensor.dtype)
-        elif (
-            tensor.dtype not in NAMES
-            or tensor.is_complex() is not p.is_complex()
-            or not plain(tensor)
-            or not _alike(tensor, p)
-        ):
+        elif tensor.dtype not in NAMES or tensor.is_complex() is not p.is_complex() or not _alike(tensor, p):
             raise Odd(f"the state {name!r} is {tensor.dtype} or laid out unlike its weight")
         elif name != "kahan_comp":
             states.append(tensor.dtype)

@@ -44,7 +44,6 @@ Number: TypeAlias = float | Tensor
 class Part(abc.ABC):
     """Some weights of a parameter group, and what steps them."""
 
-    engine: str
     index: int
     """Of the group."""
     live = False
@@ -84,6 +83,8 @@ class Plan(Part):
         kind: of its weights.
         members: for each weight of the group whether it belongs to this plan.
     """
+
+    engine: str
 
     def __init__(self, optimizer: FusedStep, index: int, kind: Kind, members: Sequence[bool]) -> None:
         rule, group, extra = optimizer.rule, optimizer.param_groups[index], optimizer._extras
