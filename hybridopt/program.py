@@ -57,13 +57,20 @@ def compiled(at_rows: Program, devices: Set[torch.device]) -> Program:
     constants (`dynamic=False`), also those of data that change: else the bits would depend on the sizes seen before.
     On a GPU the program is replayed as a CUDA graph.
 
+    What was compiled is called through `torch._dynamo.run`, under the same guards: a call costs 44 instead of 57 µs,
+    of which what is computed takes 20 (100 rows of ten weights, one CPU core), since the compiler need not be made
+    ready. It is where the guards find nothing.
+
     Args:
         at_rows: see `program`.
         devices: of the weights. If there is one, points are sent there first: wherever they were drawn, it is the same
             program.
     """
+    known = False  # whether what was compiled is to be called, or else to raise
 
     def forward(flat: Tensor) -> Any:
+        if not torch.compiler.is_compiling() and known:
+            raise _Unseen
         return at_rows(flat)
 
     # torch keeps at most 8 programs for one code object: each batch gets a code object of its own
@@ -75,11 +82,28 @@ def compiled(at_rows: Program, devices: Set[torch.device]) -> Program:
         "triton.cudagraphs": any(device.type == "cuda" for device in devices),
         "post_grad_custom_pre_pass": ShortProducts(),
     }
-    program: Program = torch.compile(own, fullgraph=True, dynamic=False, options=options)
-    if len(devices) > 1:
-        return program
-    (home,) = devices
-    return lambda flat: program(flat.to(home))
+    compiling: Program = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    replaying: Program = torch._dynamo.run(own)
+    home = next(iter(devices)) if len(devices) == 1 else None
+
+    def called(flat: Tensor) -> Any:
+        nonlocal known
+        if home is not None:
+            flat = flat.to(home)
+        known = True
+        try:
+            return replaying(flat)
+        except _Unseen:
+            pass
+        finally:
+            known = False
+        return compiling(flat)
+
+    return called
+
+
+class _Unseen(Exception):
+    """Nothing compiled so far is for this call."""
 
 
 def _of_weights(loss: Loss, names: list[str] | tuple[str, ...]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
-from scipy.linalg.blas import daxpy, dnrm2
+from scipy.linalg.blas import daxpy
 
 from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
@@ -240,7 +240,7 @@ class Search(Strategy):
         better[order] = k.better
         z_w, y_w = combined(better, z), combined(better, y)  # eq. 41
         follow(self.p_sigma, k.c_sigma, k.gain_sigma, z_w)  # eq. 43
-        length = dnrm2(self.p_sigma)
+        length = math.sqrt(self.p_sigma.dot(self.p_sigma))
         usual = k.chi * math.sqrt(1 - (1 - k.c_sigma) ** (2 * self.generation))
         h_sigma = length < (1.4 + 2 / (len(self.mean) + 1)) * usual
         self.shape.adapt(k, Steps(order, z, y, z_w, y_w), h_sigma)  # eq. 45-47

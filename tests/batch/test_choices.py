@@ -90,7 +90,7 @@ def test_a_loss_that_never_can_be_batched_is_refused_at_once(loss: Any, target: 
 def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Compile without generating code, which takes seconds; the rows of every compiled forward."""
     rows: list[int] = []
-    real = torch.compile
+    real, replay = torch.compile, torch._dynamo.run
 
     def compiled(function: Any, **options: Any) -> Any:
         told = options.pop("options")
@@ -104,7 +104,18 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return forward
 
+    def run(function: Any) -> Any:
+        inner = replay(function)
+
+        def forward(flat: Tensor) -> Any:
+            told = inner(flat)
+            rows.append(len(flat))
+            return told
+
+        return forward
+
     monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch._dynamo, "run", run)
     return rows
 
 
@@ -139,6 +150,45 @@ def test_a_compiled_forward_sees_the_batch_that_the_loss_draws_now(monkeypatch: 
     assert first is not None
     assert second is not None
     assert (first.tolist(), second.tolist()) == ([3] * 5, [7] * 5)
+
+
+def test_the_compiler_is_called_only_for_what_it_has_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager(monkeypatch)
+    calls: list[int] = []
+    compiling = torch.compile
+
+    def counted(*given: Any, **options: Any) -> Any:
+        inner = compiling(*given, **options)
+
+        def forward(flat: Tensor) -> Any:
+            calls.append(len(flat))
+            return inner(flat)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", counted)
+    data = {"now": torch.tensor([1.0, 2.0])}
+    with Objective(lambda x: (x.sum() * data["now"]).sum(), torch.ones(2), batch="compiled") as objective:
+
+        def told() -> float:
+            losses = objective.answer(ask(np.ones((5, 2)))).losses
+            assert losses is not None
+            return float(losses[-1])
+
+        assert [told(), told(), told()] == [6, 6, 6]
+        assert len(calls) == 1, "of the check; the others are replayed"
+        data["now"] = torch.tensor([1.0, 2.0, 3.0])  # another shape: the guards find it
+        assert [told(), told()] == [12, 12]
+        assert len(calls) == 2
+        data["now"] = torch.tensor([4.0, 5.0])
+        assert told() == 18, "a value is none of the guards' business"
+        assert len(calls) == 2
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # nobody compiles, and what is new is computed all the same
+            data["now"] = torch.ones(4)
+            assert told() == 8
+        assert len(calls) == 3
 
 
 def test_many_compiled_losses_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
