@@ -210,7 +210,7 @@ class Full(Covariance):
         y, shares, shrinkage = np.asarray(steps.y), _shares(k, steps), _shrinkage(k, h_sigma)
         # eq. 47; the transposes are what Fortran calls a matrix and its lower triangle
         if len(self.C) < SMALL:
-            C = dgemm(1.0, y.T, (y * shares[:, None]).T, shrinkage, self.C.T, 0, 1, 1)
+            C = dgemm(1.0, y.T, y.T * shares, shrinkage, self.C.T, 0, 1, 1)
         else:
             y, shares = y.take(steps.order, 0), shares.take(steps.order)
             y *= np.sqrt(np.abs(shares))[:, None]
