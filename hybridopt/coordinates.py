@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,7 +31,10 @@ class Coordinates:
     integer: Mask | None = None
     log: Mask | None = None
     tiny: FloatArray | float = 0.0
-    """The smallest normal number of the dtype of each weight that is `log`, shape (their number,): none is less."""
+    """What no weight that is `log` is less than, shape (their number,).
+
+    The smallest normal number of its dtype; `LEAST_WHOLE` where it is `integer`.
+    """
 
     def encode(self, x: FloatArray) -> FloatArray:
         """Weights -> solver coordinates, shape (..., n); the same object where they are the same numbers."""
@@ -55,7 +59,7 @@ class Coordinates:
     def box(self) -> tuple[FloatArray, FloatArray]:
         """The bounds in solver coordinates. Those of whole numbers lie half a number further out.
 
-        So the outermost whole numbers have as much room as the others.
+        So the outermost whole numbers have as much room as the others. Where one is `log`, it is at least 1.
         """
         lower, upper = self.lower, self.upper
         if self.integer is not None:
@@ -64,7 +68,10 @@ class Coordinates:
                 np.where(self.integer, upper + 0.5, upper),
             )
         low, high = self.encode(lower), self.encode(upper)
-        return np.where(np.isinf(lower), lower, low), np.where(np.isinf(upper), upper, high)
+        free = np.isinf(lower)
+        if self.integer is not None and self.log is not None:
+            free &= ~(self.integer & self.log)
+        return np.where(free, lower, low), np.where(np.isinf(upper), upper, high)
 
     def slope(self, x: FloatArray) -> FloatArray | None:
         """Change of each weight with its solver coordinate at the weights `x`, shape (..., n); None where it is 1.
@@ -83,6 +90,10 @@ class Coordinates:
         return slope
 
 
+LEAST_WHOLE = math.nextafter(0.5, 1)
+"""Rounded to 1: a whole number that is searched by its logarithm is at least 1."""
+
+
 def cells(z: FloatArray, log: Mask | None) -> tuple[FloatArray, FloatArray]:
     """The ends of the interval of solver coordinates that stands for the same whole number as `z`, shape (..., n).
 
@@ -90,8 +101,22 @@ def cells(z: FloatArray, log: Mask | None) -> tuple[FloatArray, FloatArray]:
         z: solver coordinates of whole numbers.
         log: shape (n,), which of them are logarithms (of at least 1); None = none.
     """
-    whole = np.rint(_numbers(z, log))
+    whole = _whole(z, log)
     return _encoded(whole - 0.5, log), _encoded(whole + 0.5, log)
+
+
+def to_next(z: FloatArray, log: Mask | None) -> FloatArray:
+    """How far it is from the whole numbers `z` (`nearest_whole`) to the next ones, shape (..., n).
+
+    As far down it is to the ones before, if there are any (with logarithms: to what is rounded to them).
+    """
+    return _encoded(_whole(z, log) + 1.0, log) - z
+
+
+def _whole(z: FloatArray, log: Mask | None) -> FloatArray:
+    """The whole numbers that coordinates stand for, bounds aside; logarithms are of at least 1."""
+    whole: FloatArray = np.rint(_numbers(z, log))
+    return whole if log is None else np.where(log, np.maximum(whole, 1.0), whole)
 
 
 def nearest_whole(z: FloatArray, lower: FloatArray, upper: FloatArray, log: Mask | None) -> FloatArray:

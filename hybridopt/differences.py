@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridopt.ask import Ask
-from hybridopt.coordinates import cells
+from hybridopt.coordinates import to_next
 from hybridopt.start import Start
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -21,7 +21,8 @@ class Differences:
 
     float64 weights: forward, absolute step sqrt(eps) = 1.49e-8, as SciPy's default. Narrower weights: central,
     step eps^(1/3) × max(1, |x|). A side outside the bounds is not asked; a side whose loss is not finite is
-    replaced by the other one, and a weight without any finite side gets 0. A whole number is moved by 1, never less.
+    replaced by the other one, and a weight without any finite side gets 0. A whole number is moved by 1 from the one
+    that its coordinate stands for.
 
     Args:
         start: bounds and dtypes.
@@ -42,8 +43,7 @@ class Differences:
             h = np.asarray(np.sqrt(self._start.eps))
         if self._start.integer is None:
             return h
-        low, high = cells(x, self._start.log)
-        return np.where(self._start.integer, high - low, h)
+        return np.where(self._start.integer, to_next(x, self._start.log), h)
 
     def gradient(self, ask: Ask, x: FloatArray, loss: float) -> FloatArray:
         """The gradient at `x`, shape (n,), whose loss is known; n evaluations, or 2n for central differences."""
@@ -56,6 +56,7 @@ class Differences:
         self, rows: Callable[[FloatArray], FloatArray], x: FloatArray, value: FloatArray
     ) -> FloatArray:
         """The Jacobian, shape (m, n), of what `rows` tells at several points, shape (k, m); `value` is that at `x`."""
+        x = self._start.rounded(x)  # where the value is the same
         h = self._steps(x)
         vanishing = (x + h) - x == 0
         sign = np.where(x >= 0, 1.0, -1.0)  # SciPy's rule

@@ -81,17 +81,23 @@ class Start:
         """What points stand for, shape (..., n): whole numbers as such, 1 for what is chosen, 0 for the rest."""
         if self.integer is None and not self.choices:
             return x
-        x = np.array(x)
-        if self.integer is not None:
-            x[..., self.integer] = nearest_whole(
-                x[..., self.integer],
-                self.lower[self.integer],
-                self.upper[self.integer],
-                None if self.log is None else self.log[self.integer],
-            )
+        x = np.array(self.rounded(x))
         for first, last in self.choices:
             chosen = x[..., first:last].argmax(axis=-1, keepdims=True)
             x[..., first:last] = np.arange(last - first) == chosen
+        return x
+
+    def rounded(self, x: FloatArray) -> FloatArray:
+        """Points, shape (..., n), whose whole numbers are as such; without any, `x` itself."""
+        if self.integer is None:
+            return x
+        x = np.array(x)
+        x[..., self.integer] = nearest_whole(
+            x[..., self.integer],
+            self.lower[self.integer],
+            self.upper[self.integer],
+            None if self.log is None else self.log[self.integer],
+        )
         return x
 
     @classmethod

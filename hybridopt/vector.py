@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridopt.bounds import Bounds, read_bounds, read_scale, require_positive
-from hybridopt.coordinates import Coordinates, FloatArray, Mask
+from hybridopt.coordinates import LEAST_WHOLE, Coordinates, FloatArray, Mask
 from hybridopt.errors import SelectionError
 from hybridopt.selection import Named, choose_weights, named_tensors, select_tensors
 
@@ -141,7 +141,8 @@ class ParameterVector:
     def _coordinates(self) -> Coordinates:
         tiny: FloatArray | float = 0.0
         if self.log is not None:
-            tiny = np.repeat([torch.finfo(t.dtype).tiny for t in self.tensors], self.sizes)[self.log]
+            tiny = np.repeat([torch.finfo(t.dtype).tiny for t in self.tensors], self.sizes)
+            tiny = (tiny if self.integer is None else np.where(self.integer, LEAST_WHOLE, tiny))[self.log]
         return Coordinates(self.lower, self.upper, self.scale, self.integer, self.log, tiny)
 
     # -- reading and writing ------------------------------------------------------------------------------------

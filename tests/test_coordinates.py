@@ -313,6 +313,78 @@ def test_a_logarithm_without_a_lower_bound_stays_above_zero() -> None:
     assert vector.decode(np.array([1e4, 0.0]))[0] == 10
 
 
+@pytest.mark.parametrize("bounds", [None, (1, 64)])
+def test_a_whole_number_searched_by_its_logarithm_is_at_least_one(bounds: Any) -> None:
+    vector = ParameterVector(torch.tensor([2.0]), bounds=bounds, integer=True, log=True)
+    start = Start.at(vector, 0, None)
+    assert start.lower == pytest.approx(math.log(0.5))
+    assert vector.decode(np.array([[-50.0], [start.lower[0]], [0.0], [math.log(1.6)]])).ravel().tolist() == [
+        1,
+        1,
+        1,
+        2,
+    ]
+    low, high = cells(start.lower, start.log)
+    assert (low, high) == (pytest.approx(start.lower), pytest.approx(math.log(1.5)))
+    assert start.rounded(start.lower).tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("method", ["scipy.lbfgsb", "scipy.tnc", "cmaes(popsize=5)", "scipy.nelder_mead"])
+@pytest.mark.parametrize("bounds", [None, (1, 64), (2, 63)])
+def test_logarithms_of_whole_numbers_are_searched_by_every_method(
+    method: str, dtype: torch.dtype, bounds: Any
+) -> None:
+    seen: list[list[float]] = []
+
+    def record(x: torch.Tensor) -> float:
+        seen.append(x.tolist())
+        return float((x.detach().log() ** 2).sum())
+
+    vector = ParameterVector(torch.full((2,), 9.0, dtype=dtype), bounds=bounds, integer=True, log=True)
+    result = hybridopt.minimize(record, vector, method, budget=150, seed=0)
+    x = np.array(seen)
+    np.testing.assert_array_equal(x, np.rint(x))
+    assert x.min() >= 1
+    assert bounds is None or ((x >= bounds[0]) & (x <= bounds[1])).all()
+    assert result.best_loss < 2 * math.log(9) ** 2
+    if method in ("scipy.lbfgsb", "scipy.tnc"):
+        assert abs(x[1] - x[0]).sum() == 1, "a probe moves one number by one"
+
+
+@pytest.mark.parametrize("upper", [9, 10])
+@pytest.mark.parametrize(
+    "method", ["scipy.slsqp", "scipy.lbfgsb", "scipy.nelder_mead", "scipy.least_squares"]
+)
+def test_whole_numbers_are_left_wherever_a_solver_arrives(method: str, upper: int) -> None:
+    """The first step of SLSQP leads to the lower edge, -1/2: what is half a number further decodes to 0 as well."""
+    many = method == "scipy.least_squares"
+    result = hybridopt.minimize(
+        lambda x: x - 3 if many else float(((x - 3) ** 2).sum()),
+        np.full(2, float(upper)),
+        method,
+        budget=120,
+        bounds=(0, upper),
+        integer=True,
+        **({"residuals": True} if many else {}),
+    )
+    assert result.best_loss == 0
+
+
+def test_a_simplex_begins_at_least_one_number_wide() -> None:
+    for start, bounds in ((10.0, None), (10.0, (-20, 10)), (-20.0, (-20, 10)), (0.0, (0, 10))):
+        options = {} if bounds is None else {"bounds": bounds}
+        result = hybridopt.minimize(
+            lambda x: float(((x - 3) ** 2).sum()),
+            np.full(2, start),
+            "scipy.nelder_mead",
+            budget=200,
+            integer=True,
+            **options,
+        )
+        assert result.best_loss == 0, (start, bounds)
+
+
 def test_a_start_that_is_not_whole_is_rounded() -> None:
     vector = ParameterVector(torch.tensor([0.7]), bounds=(0.9, 3), integer=True)
     result = hybridopt.minimize(lambda x: x.sum(), vector, "random_search", budget=1)  # of the start alone

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hybridopt.carrier import Isolation
+from hybridopt.coordinates import to_next
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
 from hybridopt.options import Count, NonNegative, Positive
@@ -22,7 +23,7 @@ class NelderMead(Minimize):
 
     Slow beyond some ten weights (then `adaptive=True`, Gao and Han 2012, or another method). The first simplex is
     SciPy's: each weight in turn 5 % larger, or 0.00025 where it is 0; but where that leads out of a lower bound, the
-    step is taken upwards. (SciPy clips it, and never moves such a weight again.)
+    step is taken upwards. (SciPy clips it, and never moves such a weight again.) Whole numbers begin at least one apart.
 
     Args:
         maxiter, maxfev: iterations, evaluations; both None = 200 n each.
@@ -56,9 +57,13 @@ class NelderMead(Minimize):
         """See `Minimize.arguments`."""
         found = super().arguments(ask, start)
         steps = np.where(start.x0 != 0, 0.05 * start.x0, 0.00025)
-        below = start.x0 + steps < start.lower
-        if below.any():
-            corners = start.x0 + np.diag(np.where(below, -steps, steps))
+        turned = start.x0 + steps < start.lower
+        if start.integer is not None:
+            apart = np.maximum(np.abs(steps), to_next(start.rounded(start.x0), start.log))
+            steps = np.where(start.integer, apart, steps)
+            turned = np.where(start.integer, start.x0 + steps > start.upper, turned)
+        if turned.any() or start.integer is not None:
+            corners = start.x0 + np.diag(np.where(turned, -steps, steps))
             found["options"]["initial_simplex"] = np.vstack([start.x0, corners])
         return found
 
@@ -146,7 +151,8 @@ class COBYQA(Minimize):
     Takes constraints, which it may break on its way.
 
     Usually the fewest evaluations of the methods without gradients, for smooth losses of up to some hundred weights.
-    Each evaluation costs milliseconds of its own, more with more weights.
+    Each evaluation costs milliseconds of its own, more with more weights. Not for whole numbers: the loss's steps mislead
+    its models.
 
     SciPy allows only one COBYQA at a time in a process. When several of ours are stepped in turn, the waiting ones are
     closed and run again from their recorded answers: each turn repeats the solver's own work (never an evaluation).
