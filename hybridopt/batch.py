@@ -26,6 +26,7 @@ Choice: TypeAlias = Literal["auto", "vmap", "compiled", "loop"] | int
 
 ALLOWANCE = {"cpu": 2**28, "cuda": 2**31}  # bytes that the operations of one forward may produce
 _ONCE = 'noise="independent", but numbers of NumPy and Python are drawn once for all members'
+_SEEDED = 'noise="independent", but the loss seeds the generator, after which each member would draw its own numbers'
 ULPS = 256  # by which a batched loss may differ from the looped one, in units of the weights' precision
 
 
@@ -191,8 +192,8 @@ class Batch:
             The forwards that were begun (and must be paid for).
         """
         evaluation, apart = self._evaluation, self._evaluation.randomness.apart
-        if apart and not evaluation.randomness.torch_alone:
-            self.leave(_ONCE)
+        if apart and (evaluation.randomness.reseeds or not evaluation.randomness.torch_alone):
+            self.leave(_SEEDED if evaluation.randomness.reseeds else _ONCE)
             return 0
         known = slice(1 if apart else 0, 2)
         produced, kept = _Produced(), _Kept()

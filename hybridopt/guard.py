@@ -34,7 +34,8 @@ class ModelGuard:
     """Holds a model's `.grad`, `requires_grad`, train/eval modes and buffers during a run; gives them back.
 
     Buffers (BatchNorm statistics) move only at evaluations that are committed; after any other one they are put
-    back. Noticing costs one version comparison a buffer; copies are made only when a buffer did change.
+    back. Noticing costs one version comparison a buffer; copies are made only when a buffer did change. What is written
+    through `.data` raises no version: where the first evaluation does so, numbers are compared after every one.
     """
 
     def __init__(self, vector: ParameterVector) -> None:
@@ -43,17 +44,15 @@ class ModelGuard:
         module = vector.module
         self._slots: list[tuple[dict[str, Tensor | None], str]] = []
         if module is not None:
-            self._slots = [
-                (sub._buffers, name)
-                for sub in module.modules()
-                for name, b in sub._buffers.items()
-                if b is not None
-            ]
+            self._slots = [(sub._buffers, name) for sub in module.modules() for name in sub._buffers]
         chosen = {id(t) for t in vector.tensors}
         self._others = [] if module is None else [p for p in module.parameters() if id(p) not in chosen]
         self._originals: list[Tensor | None] | None = None
-        self._base: list[Tensor] = []
+        self._base: list[Tensor | None] = []
         self._versions: list[tuple[int, int]] = []
+        self._unversioned: bool | None = (
+            None  # whether numbers change without a version; None = not yet known
+        )
 
     def open(self) -> None:
         """Take hold: `.grad` is cleared, all chosen weights require gradients."""
@@ -91,10 +90,9 @@ class ModelGuard:
     def lend_buffers(self) -> None:
         """Let the module work on copies, so that what its graph keeps stays as it was when they are put back."""
         if self._slots:
-            self._originals = [slots[name] for slots, name in self._slots]
-            for slots, name in self._slots:
-                buffer = slots[name]
-                slots[name] = None if buffer is None else buffer.detach().clone()
+            self._originals = self._buffers()
+            for (slots, name), copied in zip(self._slots, self.copy_buffers(), strict=True):
+                slots[name] = copied
 
     def return_buffers(self) -> None:
         """Put the module's own buffers back, which nobody has written."""
@@ -103,7 +101,7 @@ class ModelGuard:
                 slots[name] = buffer
             self._originals = None
 
-    def base_buffers(self) -> list[Tensor]:
+    def base_buffers(self) -> list[Tensor | None]:
         """The buffers as last settled: copies that are never written."""
         return self._base
 
@@ -116,28 +114,50 @@ class ModelGuard:
         else:
             self._rebase()
 
-    def copy_buffers(self) -> list[Tensor]:
-        """Copies of all buffers."""
-        return [b.detach().clone() for b in self._buffers()]
+    def copy_buffers(self) -> list[Tensor | None]:
+        """Copies of all buffers, one of what stands in several places; None where there is none (yet)."""
+        copies: dict[int, Tensor | None] = {}
+        found = self._buffers()
+        for buffer in found:
+            if id(buffer) not in copies:
+                copies[id(buffer)] = None if buffer is None else buffer.detach().clone()
+        return [copies[id(buffer)] for buffer in found]
 
-    def set_buffers(self, values: Sequence[Tensor]) -> None:
+    def set_buffers(self, values: Sequence[Tensor | None]) -> None:
         """Write saved values into the buffers, in place; an empty list changes nothing."""
-        if values:
-            with torch.no_grad():
-                for (slots, name), value in zip(self._slots, values, strict=True):
-                    buffer = slots[name]
-                    if buffer is None or buffer.shape != value.shape:
-                        slots[name] = value.clone()
-                    else:
-                        buffer.copy_(value)
-            self._rebase()
+        if not values:
+            return
+        made: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for (slots, name), value in zip(self._slots, values, strict=True):
+                buffer = slots[name]
+                if value is None:
+                    slots[name] = None
+                elif buffer is None or buffer.shape != value.shape:
+                    slots[name] = made.setdefault(id(value), value.clone())
+                else:
+                    buffer.copy_(value)
+        self._rebase()
 
-    def _buffers(self) -> list[Tensor]:
-        return [b for b in (slots[name] for slots, name in self._slots) if b is not None]
+    def _buffers(self) -> list[Tensor | None]:
+        return [slots[name] for slots, name in self._slots]
 
     def _rebase(self) -> None:
         self._base = self.copy_buffers()
-        self._versions = [(id(b), b._version) for b in self._buffers()]
+        self._versions = self._stamps()
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        return [(id(b), 0 if b is None else b._version) for b in self._buffers()]
 
     def _moved(self) -> bool:
-        return self._versions != [(id(b), b._version) for b in self._buffers()]
+        stamps = self._stamps()
+        if self._unversioned is None:
+            self._unversioned = self._differ(stamps)
+        return self._versions != stamps or (self._unversioned and self._differ(stamps))
+
+    def _differ(self, stamps: list[tuple[int, int]]) -> bool:
+        """Whether a buffer of the version that was settled holds other numbers than then."""
+        return any(
+            before == now and a is not None and b is not None and not torch.equal(a, b)
+            for before, now, a, b in zip(self._versions, stamps, self._base, self._buffers(), strict=True)
+        )

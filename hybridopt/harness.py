@@ -26,7 +26,7 @@ from hybridopt.text import method as read_method
 from hybridopt.tracker import RunLog, Tracker
 
 Callback = Callable[["Run", Step], Any]
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 class Run:

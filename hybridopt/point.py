@@ -18,8 +18,8 @@ class Point(NamedTuple):
     """Weights, shape (n,), float64."""
     tensors: list[Tensor] | None
     """Copies in the weights' own dtype, device and strides."""
-    buffers: list[Tensor]
-    """Copies of the module's buffers; empty = they did not move."""
+    buffers: list[Tensor | None]
+    """Copies of the module's buffers; empty = there are none."""
 
     def flat(self, vector: ParameterVector) -> FloatArray:
         """The weights of `vector`, shape (n,), float64, as a new array; the point may be one of its whole."""
@@ -42,7 +42,7 @@ class Point(NamedTuple):
         return {
             "x": None if self.x is None else torch.tensor(self.x),
             "tensors": None if self.tensors is None else [t.clone() for t in self.tensors],
-            "buffers": [b.clone() for b in self.buffers],
+            "buffers": [None if b is None else b.clone() for b in self.buffers],
         }
 
     @classmethod

@@ -90,6 +90,8 @@ class Randomness:
         self.used: bool | None = None
         """Whether the first evaluation drew random numbers; None before it."""
         self._uses_python = self._uses_numpy = False
+        self.reseeds = False
+        """Whether the first evaluation seeded a generator of torch's itself."""
 
     @property
     def apart(self) -> bool:
@@ -139,6 +141,8 @@ class Randomness:
         self._lent = [g.get_state() for g in self._generators]
         for generator, state in zip(self._generators, self._torch, strict=True):
             generator.set_state(state)
+        if self.used is None:
+            self._seeded = self._seeds()
         _set_bit_generator(self._numpy)  # also forgets a cached normal number
         if self._uses_numpy or self.used is None:  # 25 µs
             self._numpy.state = self._numpy_state
@@ -149,11 +153,13 @@ class Randomness:
         """Take the states back after one evaluation."""
         if self._lent is None:
             return
+        first, (before, numpy_before, python_before) = self.used is None, self._last
         self._torch = [g.get_state() for g in self._generators]
+        if first:
+            self.reseeds = self._seeds() != self._seeded
         for generator, state in zip(self._generators, self._lent, strict=True):
             generator.set_state(state)
         self._lent = None
-        first, (before, numpy_before, python_before) = self.used is None, self._last
         if self._uses_numpy or first:
             self._numpy_state = self._numpy.state
         if self._uses_python or first:
@@ -181,6 +187,9 @@ class Randomness:
         state, self._mark, self._last, self.used, self._uses_python, self._uses_numpy = point
         self._set(state)
 
+    def _seeds(self) -> list[int]:
+        return [g.initial_seed() for g in self._generators]
+
     def _state(self) -> tuple[Any, Any, Any]:
         return (self._torch, self._numpy_state, self._python)
 
@@ -203,6 +212,7 @@ class Randomness:
             "used": self.used,
             "uses_python": self._uses_python,
             "uses_numpy": self._uses_numpy,
+            "reseeds": self.reseeds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,6 +224,7 @@ class Randomness:
         self.used = state["used"]
         self._uses_python = state["uses_python"]
         self._uses_numpy = state["uses_numpy"]
+        self.reseeds = state["reseeds"]
         self._numpy.state = self._numpy_state
         if self._give_back is not None:
             random.setstate(self._python)

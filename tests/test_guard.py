@@ -62,6 +62,78 @@ def test_buffers_move_only_when_committed(commit: bool) -> None:
     guard.close()
 
 
+class Unversioned(nn.Module):
+    """A running mean that is written through `.data`, beside one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("mean", torch.zeros(2))
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean
+        assert isinstance(mean, Tensor)
+        mean.data.mul_(0.9).add_(x.detach().mean(0))
+        return self.norm(x * self.weight)
+
+
+@pytest.mark.parametrize("commit", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_writes_through_data_are_noticed(commit: bool, both: bool) -> None:
+    model = Unversioned()
+    model.norm.train(both)
+    guard = ModelGuard(ParameterVector(model))
+    guard.open()
+    for k in range(3):
+        if k == 1:
+            model.norm.eval()  # now only one of the two moves
+        model(torch.ones(4, 2))
+        guard.settle_buffers(commit)
+    expected = [1 + 0.9 + 0.81 if commit else 0.0] * 2
+    assert model.get_buffer("mean").tolist() == pytest.approx(expected)
+    saved = guard.base_buffers()[0]
+    assert saved is not None
+    assert saved.tolist() == pytest.approx(expected)
+
+
+def test_a_buffer_in_two_places_stays_one() -> None:
+    model = Counting()
+    model.norm.register_buffer("again", model.in_place)
+    guard = ModelGuard(ParameterVector(model))
+    guard.open()
+    guard.lend_buffers()
+    assert model.norm.again is model.in_place
+    model(torch.rand(4, 2))
+    assert model.norm.get_buffer("again").tolist() == [1, 1]
+    guard.return_buffers()
+    assert model.norm.again is model.in_place
+    assert model.norm.get_buffer("again").tolist() == [0, 0]
+    model.in_place = model.norm.again = torch.zeros(3)  # of another shape: put back as one
+    guard.settle_buffers(False)
+    assert model.norm.again is model.in_place
+    assert model.norm.get_buffer("again").tolist() == [0, 0]
+
+
+def test_a_buffer_made_by_the_first_forward_is_guarded() -> None:
+    model = Counting()
+    guard = ModelGuard(ParameterVector(model))
+    guard.open()
+    for lent in (True, False):
+        if lent:
+            guard.lend_buffers()
+        model.nothing = torch.ones(2)
+        if lent:
+            guard.return_buffers()
+        guard.settle_buffers(False)
+        assert model.nothing is None
+    model.nothing = torch.ones(2)
+    guard.settle_buffers(True)
+    model.nothing += 1
+    guard.settle_buffers(False)
+    assert model.get_buffer("nothing").tolist() == [1, 1]
+
+
 def test_saved_buffers_can_be_put_back() -> None:
     model = Counting()
     guard = ModelGuard(ParameterVector(model))

@@ -23,7 +23,8 @@ class NelderMead(Minimize):
 
     Slow beyond some ten weights (then `adaptive=True`, Gao and Han 2012, or another method). The first simplex is
     SciPy's: each weight in turn 5 % larger, or 0.00025 where it is 0; but where that leads out of a lower bound, the
-    step is taken upwards. (SciPy clips it, and never moves such a weight again.) Whole numbers begin at least one apart.
+    step is taken upwards. (SciPy clips it, and never moves such a weight again.) Whole numbers begin at least one
+    apart.
 
     Args:
         maxiter, maxfev: iterations, evaluations; both None = 200 n each.
@@ -151,8 +152,8 @@ class COBYQA(Minimize):
     Takes constraints, which it may break on its way.
 
     Usually the fewest evaluations of the methods without gradients, for smooth losses of up to some hundred weights.
-    Each evaluation costs milliseconds of its own, more with more weights. Not for whole numbers: the loss's steps mislead
-    its models.
+    Each evaluation costs milliseconds of its own, more with more weights. Not for whole numbers: the loss's steps
+    mislead its models.
 
     SciPy allows only one COBYQA at a time in a process. When several of ours are stepped in turn, the waiting ones are
     closed and run again from their recorded answers: each turn repeats the solver's own work (never an evaluation).

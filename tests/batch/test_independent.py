@@ -51,6 +51,22 @@ def test_a_members_gradient_is_that_of_its_own_draw() -> None:
         assert ((gradients >= 0) & (gradients < 1)).all()
 
 
+def test_a_loss_that_seeds_the_generator_draws_the_same_for_every_member() -> None:
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return masked(x)
+
+    with objective(loss) as one:
+        losses = one.answer(ask(np.ones((6, N)))).losses
+        assert losses is not None
+        assert len(set(losses)) == 1
+        assert "the loss seeds the generator" in way(one)[1]
+        state = one.state_dict()
+    with objective(loss) as other:
+        other.load_state_dict(state)
+        assert other.randomness.reseeds
+
+
 def test_dropout_and_minibatches() -> None:
     model = nn.Sequential(linear(), nn.Dropout(0.5))
 
