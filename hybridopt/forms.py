@@ -88,6 +88,11 @@ def as_vector(target: Any, select: Any = None, **options: Any) -> ParameterVecto
                 "start: expected an array of float16, float32 or float64 in the machine's byte order, got "
                 f"{array.dtype}"
             ) from None
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            raise ObjectiveError(
+                f"start: expected floating numbers, e.g. [1.0, 2.0], got {array.dtype}; integer=True keeps weights "
+                "whole"
+            )
         vector = ParameterVector(tensor, **options)
         vector.source = np.asarray(target)
         return vector

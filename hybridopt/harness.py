@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hybridopt import randomness
+from hybridopt.callbacks import read_callbacks
 from hybridopt.errors import BudgetError, ClosedError, MethodError, ObjectiveError, StateError, Stop, nearest
 from hybridopt.ledger import Budget, Reason
 from hybridopt.objective import Objective
@@ -288,11 +289,7 @@ def minimize(
         >>> round(model.weight.item(), 2), round(model.bias.item(), 2)
         (3.0, 1.0)
     """
-    todo = [callbacks] if callable(callbacks) else callbacks
-    if not (isinstance(todo, Iterable) and all(map(callable, todo := list(todo)))):
-        raise ObjectiveError(
-            f"callbacks: expected a callable, callback(run, step), or a list of callables, got {callbacks!r}"
-        )
+    todo = read_callbacks(callbacks, "run", "step")
     run = Run(loss, target, method, budget=budget, seed=seed, tracker=tracker, label=label, **objective)
     file = checkpoint_file(checkpoint)
     with run, _Interrupt() as interrupt:

@@ -54,6 +54,7 @@ def named_tensors(source: Any) -> Named:
         raise SelectionError(
             "weights: expected a torch.nn.Module, a tensor, a sequence or mapping of tensors, or torch parameter "
             f"groups, got {type(source).__name__}"
+            + ("; the loss comes first, then the model" if callable(source) else "")
         )
     return _without_ties(pairs, groups)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from hybridopt.callbacks import read_callbacks
 from hybridopt.errors import HybridoptError, ObjectiveError, StateError
 from hybridopt.forms import as_number
 from hybridopt.harness import Run, checkpoint_file, load_checkpoint, save_checkpoint
@@ -174,7 +175,7 @@ def tune(
     """
     file = checkpoint_file(checkpoint)
     objective = _Trials(train, space, start, early)
-    todo = [callbacks] if callable(callbacks) else list(callbacks)
+    todo = read_callbacks(callbacks, "record")
     whole = isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1
     if not (whole or isinstance(workers, concurrent.futures.Executor)):
         raise ObjectiveError(f"tune: expected workers >= 1 or an executor, got {workers!r}")

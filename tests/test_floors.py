@@ -17,6 +17,7 @@ PACKAGES = [ROOT / "hybridopt", *sorted((ROOT / "adapters").glob("hybridopt_*"))
 FLOORS: dict[int, tuple[str, ...]] = {
     1: (
         "hybridopt/bounds.py",
+        "hybridopt/callbacks.py",
         "hybridopt/code.py",
         "hybridopt/coordinates.py",
         "hybridopt/rows.py",

@@ -210,10 +210,16 @@ def test_anything_else_is_refused(value: Any, message: str) -> None:
         (lambda x: 0.0, [torch.ones(1), torch.ones(1)], r"for a list of tensors expected a closure\(\)"),
         (lambda x: 0.0, [{"params": [torch.ones(1)]}], r"expected a closure\(\) without arguments"),
         (lambda d: 0.0, {"params": [torch.ones(1)]}, r"expected a closure\(\) without arguments"),
+        (
+            lambda x: 0.0,
+            [1, 2],
+            r"start: expected floating numbers, .* got int64; integer=True keeps weights whole",
+        ),
+        (lambda x: 0.0, np.array([True]), r"start: expected floating numbers, .* got bool"),
+        (nn.Linear(1, 1), lambda m: 0.0, r"got function; the loss comes first, then the model"),
         (lambda x: 0.0, np.array(["a"]), r"start: expected an array of float16, float32 or float64.*got <U1"),
         (lambda x: 0.0, np.array([None]), r"start: expected an array of .*got object"),
         (lambda x: 0.0, np.ones(2, dtype=">f8"), r"machine's byte order, got >f8"),
-        (lambda x: 0.0, [0, 1], r"weights: 'x' holds torch\.int64; expected a floating dtype"),
         (lambda x: 0.0, np.ones(1, dtype=complex), r"weights: 'x' is complex"),
     ],
 )

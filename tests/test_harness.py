@@ -355,6 +355,14 @@ def test_callbacks_are_callables(callbacks):
         minimize(bowl, np.ones(2), "cmaes", budget=9, callbacks=callbacks)
 
 
+def test_callbacks_take_what_they_are_called_with():
+    with pytest.raises(ObjectiveError, match=r"can be called as callback\(run, step\), got one of \(run\)"):
+        minimize(bowl, np.ones(2), "cmaes", budget=9, callbacks=lambda run: None)
+    minimize(
+        bowl, np.ones(2), "cmaes", budget=9, callbacks=[lambda *given: None, lambda run, step, more=1: None]
+    )
+
+
 def test_unknown_arguments_name_the_nearest():
     with pytest.raises(ObjectiveError, match="unknown argument 'bound'; nearest: bounds"):
         minimize(bowl, np.zeros(2), "cma.cmaes", budget=10, bound=(-1, 1))
