@@ -80,7 +80,8 @@ class Objective:
             with that forward compiled by `torch.compile` for as many members as the first population has (larger
             ones are cut, smaller ones filled up): seconds once and two more forwards, then less time where a model is
             so small that calling its operations takes longer than they do; a CUDA graph on a GPU. `"loop"`: one
-            by one, which a loss needs that counts its own calls.
+            by one, which a loss needs that counts its own calls. (Random numbers that torch draws into memory laid out
+            otherwise, dropout of a transposed tensor, may be others in a batch than alone; its members share them.)
         select, bounds, scale, integer, log: as in `ParameterVector`, when `target` is not one.
 
     From its first answer to `close()` the objective holds the caller's `.grad`, `requires_grad`, train/eval modes,
