@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from hybridopt.errors import StateError
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -88,6 +92,57 @@ class Coordinates:
         if self.integer is not None:
             slope[..., self.integer] = 0.0
         return slope
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bounds and scale, by which a saved solver's numbers become weights: a number where all are alike."""
+        return {name: _plain(getattr(self, name)) for name in ("lower", "upper", "scale")}
+
+    def resumed(self, state: Mapping[str, Any], measured: bool) -> Coordinates:
+        """The coordinates in which a saved run goes on: these ones, or with its scale where that was `measured`.
+
+        Args:
+            state: from `state_dict`.
+            measured: whether the scale was read from where the weights stand, which now is elsewhere.
+
+        Raises:
+            StateError: bounds or scale are others.
+        """
+        for name in ("lower", "upper", "scale"):
+            if name == "scale" and measured and state[name] is not None:
+                continue
+            saved, given = state[name], _plain(getattr(self, name))
+            if not _equal(saved, given):
+                what = "scale" if name == "scale" else "bounds"
+                raise StateError(
+                    f"state: it was saved with other {what} ({name} {_brief(saved)}, here {_brief(given)}), under "
+                    f"which the solver's numbers were other weights; pass the same {what}="
+                )
+        if not measured or self.scale is None:
+            return self
+        saved = state["scale"]
+        scale = np.full_like(self.scale, saved) if isinstance(saved, float) else saved.numpy().copy()
+        return replace(self, scale=scale)
+
+
+def _plain(numbers: FloatArray | None) -> Any:
+    if numbers is None:
+        return None
+    alike = len(numbers) > 0 and bool((numbers == numbers[0]).all())
+    return float(numbers[0]) if alike else torch.tensor(numbers)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _brief(numbers: Any) -> str:
+    if isinstance(numbers, torch.Tensor):
+        return f"between {numbers.min().item():g} and {numbers.max().item():g}"
+    return "none" if numbers is None else f"{numbers:g}"
 
 
 LEAST_WHOLE = math.nextafter(0.5, 1)

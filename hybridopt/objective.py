@@ -366,6 +366,7 @@ class Objective:
         point: Point | None = self.ledger.best_point
         return {
             "vector": dict(self.vector.describe()),
+            "coordinates": self.vector.coordinates.state_dict(),
             "ledger": self.ledger.state_dict(),
             "best": None if point is None else point.state_dict(),
             "randomness": self.randomness.state_dict(),
@@ -385,7 +386,7 @@ class Objective:
         Warns where the loss's code is another than the one that was saved, as far as Python shows it.
 
         Raises:
-            StateError: it was saved over other weights.
+            StateError: it was saved over other weights, or with other bounds, scale, noise or backward_cost.
         """
         mine, theirs = dict(self.vector.describe()), dict(state["vector"])
         if mine != theirs:
@@ -393,6 +394,13 @@ class Objective:
             raise StateError(
                 f"state: it was saved for weights with {key} {theirs.get(key)}, this objective has {mine[key]}"
             )
+        for name, saved, given in (
+            ("noise", state["randomness"]["policy"], self.randomness.policy),
+            ("backward_cost", state["ledger"]["backward_cost"], self.ledger.backward_cost),
+        ):
+            if saved != given:
+                raise StateError(f"state: it was saved with {name}={saved!r}, this objective has {given!r}")
+        self.vector.resume(state["coordinates"])
         self.ledger.load_state_dict(state["ledger"])
         self.ledger.best_point = None if state["best"] is None else Point.from_state(state["best"])
         self.randomness.load_state_dict(state["randomness"])

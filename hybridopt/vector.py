@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -106,6 +107,7 @@ class ParameterVector:
         self._whole: tuple[ParameterVector, npt.NDArray[np.intp]] | None = (
             None  # what it is a part of, and which
         )
+        self._parts: weakref.WeakSet[ParameterVector] = weakref.WeakSet()  # of the whole
         self._owner: Owner | None = None
         self._sides: tuple[list[Any], list[Tensor], list[Tensor]] | None = None
         self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
@@ -122,6 +124,7 @@ class ParameterVector:
         if self.log is not None:
             require_positive(self.log, self.slices, x0, self.lower)
         self.scale: FloatArray | None = read_scale(scale, self.slices, x0, self.aliases)
+        self._measured = isinstance(scale, str)  # where the weights stood
         if self.scale is not None:
             if isinstance(scale, str) and self.log is not None:
                 self.scale[self.log] = 1.0
@@ -242,6 +245,7 @@ class ParameterVector:
         made._lay_out()
         root, of_root = (self, index) if self._whole is None else (self._whole[0], self._whole[1][index])
         made._whole = (root, of_root)
+        root._parts.add(made)
         made._sides = None
         made.lower, made.upper = self.lower[index], self.upper[index]
         made.bounded = bool(np.isfinite(made.lower).any() or np.isfinite(made.upper).any())
@@ -261,6 +265,15 @@ class ParameterVector:
         return x.copy() if self._whole is None else x[self._whole[1]]
 
     # -- solver coordinates -------------------------------------------------------------------------------------
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on in the coordinates of a saved run (`Coordinates.resumed`), also in the parts of this vector."""
+        self.coordinates = self.coordinates.resumed(state, self._measured)
+        self.scale = self.coordinates.scale
+        if self.scale is not None:
+            for part in self._parts:
+                part.scale = part.from_whole(self.scale)
+                part.coordinates = part._coordinates()
 
     def encode(self, x: FloatArray) -> FloatArray:
         """Weights -> solver coordinates, shape (..., n); the same object where they are the same numbers."""
@@ -362,7 +375,7 @@ class ParameterVector:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have weights of their own, which nobody holds yet, and make their own write buffer."""
-        return self.__dict__ | {"_staging": None, "_owner": None}
+        return self.__dict__ | {"_staging": None, "_owner": None, "_parts": weakref.WeakSet()}
 
     def __repr__(self) -> str:
         bounds = "bounded" if self.bounded else "unbounded"

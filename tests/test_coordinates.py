@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import hybridopt
 from hybridopt import ParameterVector
 from hybridopt.coordinates import cells
-from hybridopt.errors import BoundsError, MethodError, SelectionError
+from hybridopt.errors import BoundsError, MethodError, SelectionError, StateError
 from hybridopt.gradients import Differences
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Kind, Request
@@ -389,3 +389,72 @@ def test_a_start_that_is_not_whole_is_rounded() -> None:
     vector = ParameterVector(torch.tensor([0.7]), bounds=(0.9, 3), integer=True)
     result = hybridopt.minimize(lambda x: x.sum(), vector, "random_search", budget=1)  # of the start alone
     assert result.best_loss == 1
+
+
+INPUTS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+
+
+def squares(model: torch.nn.Module) -> torch.Tensor:
+    out: torch.Tensor = model(INPUTS)
+    return ((out - INPUTS @ torch.tensor([[3.0], [-2.0]])) ** 2).mean()
+
+
+def straight(seed: int) -> torch.nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "slsqp",
+        "cmaes",
+        "split('weight': slsqp, 'bias': cmaes)",
+        "restart(nelder_mead(steps=9))",
+        "adam > slsqp",
+    ],
+)
+def test_a_scale_read_from_the_start_is_resumed(method: str, tmp_path: Any) -> None:
+    """A model that stands elsewhere by now has another "start"."""
+
+    def run(model: torch.nn.Module, budget: int, **more: Any) -> Any:
+        return hybridopt.minimize(squares, model, method, budget=budget, seed=0, scale="start", **more)
+
+    whole = run(straight(1), 60)
+    run(straight(1), 18, checkpoint=tmp_path / "c.pt")
+    resumed = run(straight(2), 60, checkpoint=tmp_path / "c.pt")
+    assert (resumed.best_loss, resumed.evaluations) == (whole.best_loss, whole.evaluations)
+    np.testing.assert_array_equal(resumed.x, whole.x)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ({}, {"scale": 2.0}, r"other scale \(scale none, here 2\).*pass the same scale="),
+        ({"scale": 2.0}, {}, r"other scale \(scale 2, here none\)"),
+        ({"scale": 2.0}, {"scale": [2.0, 2.0, 3.0]}, r"other scale \(scale 2, here between 2 and 3\)"),
+        ({}, {"scale": "start"}, r"other scale \(scale none"),
+        ({"scale": "start"}, {}, r"other scale"),
+        (
+            {"bounds": (-1, 1)},
+            {"bounds": (-1, 2)},
+            r"other bounds \(upper 1, here 2\).*pass the same bounds=",
+        ),
+        ({}, {"bounds": (-1, 1)}, r"other bounds \(lower -inf, here -1\)"),
+        ({"noise": "fixed"}, {}, r"noise='fixed', this objective has 'shared'"),
+        ({"backward_cost": 1.0}, {}, r"backward_cost=1.0, this objective has 2.0"),
+    ],
+)
+def test_a_state_of_other_coordinates_is_refused(before: Any, after: Any, text: str) -> None:
+    x = np.array([0.5, -0.5, 0.25])
+    with hybridopt.Run(lambda x: float((x**2).sum()), x, "cmaes", budget=30, seed=0, **before) as run:
+        run.step()
+        state = run.state_dict()
+    with hybridopt.Run(lambda x: float((x**2).sum()), x, "cmaes", budget=30, seed=0, **before) as run:
+        run.load_state_dict(state)
+    with (
+        hybridopt.Run(lambda x: float((x**2).sum()), x, "cmaes", budget=30, seed=0, **after) as run,
+        pytest.raises(StateError, match=text),
+    ):
+        run.load_state_dict(state)
