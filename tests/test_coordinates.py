@@ -410,7 +410,7 @@ def straight(seed: int) -> torch.nn.Linear:
     [
         "slsqp",
         "cmaes",
-        "split('weight': slsqp, 'bias': cmaes)",
+        "split('weight': adam(lr=0.1), 'bias': cmaes)",
         "restart(nelder_mead(steps=9))",
         "adam > slsqp",
     ],
