@@ -47,6 +47,7 @@ class Stage(Method):
         if self.rule is not None and not isinstance(self.rule, Switch):
             raise MethodError(f"stage: expected a rule of hybridopt.until, got {self.rule!r}")
         self._absorb_limits()
+        self._join()
         check_options(self)
         gather(self, (self.method,))
 
@@ -77,6 +78,19 @@ class Stage(Method):
         for name, value in changed.items():
             object.__setattr__(self, name, value)
 
+    def _join(self) -> None:
+        """Be one stage with the only one inside where this one adds nothing to it but a rule: it ends by either."""
+        from hybridopt.compose.chain import Chain
+
+        if isinstance(self.method, Chain) and len(self.method.stages) == 1:
+            (inner,) = self.method.stages
+            object.__setattr__(self, "method", inner.method if inner.plain else inner)
+        if isinstance(self.method, Stage) and not self.limits():
+            inner = self.method
+            joined = inner if self.rule is None else inner.until(self.rule)
+            for name, value in vars(joined).items():
+                object.__setattr__(self, name, value)
+
     @property
     def plain(self) -> bool:
         """Whether it is the method alone."""
@@ -103,8 +117,15 @@ class Stage(Method):
         """See `Method.call`; with limits around its own, or around a rule, in parentheses."""
         if limits:
             return print_call(f"({self})", limits)
-        text = self.method.call(self.limits())
-        return text if self.rule is None else f"{text} until {self.rule}"
+        from hybridopt.compose.chain import Chain
+
+        own = self.limits()
+        text = self.method.call(own)
+        if self.rule is None:
+            return text
+        # behind a bare chain the rule would be its last stage's
+        bare = not own and isinstance(self.method, Chain)
+        return f"({text}) until {self.rule}" if bare else f"{text} until {self.rule}"
 
     def __repr__(self) -> str:
         return f"Stage({self})"

@@ -86,6 +86,34 @@ def test_text_is_the_value(made: Method) -> None:
     assert method(str(read)) == read
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(scipy.slsqp(evaluations=8) > cmaes) until plateau(30)",
+        "cycle((adam > scipy.slsqp) until plateau(9) > cmaes)",
+        "(adam > scipy.slsqp until plateau(9)) until converged",
+        "(adam > scipy.slsqp)(evaluations=9) until plateau(9)",
+        "((adam > scipy.slsqp) until plateau(9))(evaluations=9) until converged",
+        "(adam until plateau(9))(steps=3) until converged",
+        "race((adam > scipy.slsqp) until plateau(9), cmaes)",
+    ],
+)
+def test_a_rule_behind_several_stages_is_theirs(text: str) -> None:
+    assert str(method(text)) == text
+    assert method(str(method(text))) == method(text)
+    assert method("(adam > cmaes) until plateau(9)") != method("adam > cmaes until plateau(9)")
+
+
+def test_stages_in_stages_are_one_where_only_rules_meet() -> None:
+    a, b = method("adam until plateau(9)"), method("adam until converged")
+    rule: Any = b.rule  # type: ignore[attr-defined]
+    assert Stage(a, rule=rule) == a.until(rule) == method("adam until plateau(9) | converged")
+    assert Stage(Chain([a]), rule=rule) == a.until(rule)
+    assert Stage(Stage(Chain([a]))) == a
+    assert Stage(Chain(["adam"]), steps=3) == method("adam(steps=3)")
+    assert str(Stage(method("adam(steps=3)"), steps=5)) == "(adam(steps=3))(steps=5)"
+
+
 @law
 @given(STAGES)
 def test_around_one_it_is_the_method(stage: Method) -> None:
