@@ -86,7 +86,10 @@ class Points:
             array = residuals.told(finite)
         loss = value if finite else math.inf
         broken = 0.0 if request.probe else violation
-        return Answer(loss, None, gradient, finite, surrogate=surrogate, array=array, violation=broken)
+        keeps_best = evaluation.keeps_best
+        return Answer(
+            loss, None, gradient, finite, surrogate=surrogate, array=array, violation=broken, keeps_best=keeps_best
+        )
 
     def gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:
         """The gradient at the point just valued, from its kept graph; the forward is repeated only if that was lost."""

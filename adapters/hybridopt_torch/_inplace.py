@@ -26,7 +26,8 @@ class InPlaceRun:
     """One evaluation, one update: the flat vector is never built.
 
     The iterate lives in the model's tensors. When somebody else writes them (another method's turn), it is saved
-    first and put back at the next question.
+    first and put back at the next question. Where no best point is kept (the loss is noisy), the point before each
+    update is: it is named if the update led to where no loss is finite.
     """
 
     needs = frozenset({Need.GRADIENT})
@@ -42,6 +43,8 @@ class InPlaceRun:
         self._loss = math.inf
         self._known = warm is not None and math.isfinite(warm.loss)
         self._saved: list[Tensor] | None = None
+        self._sound: list[Tensor] | None = None  # where the last finite loss was told, if no best point is kept
+        self._lost = False  # whether the loss since the last update was not finite
         self._closed = False
         if warm is not None and warm.x is not None:
             vector.write(vector.decode(warm.x))
@@ -75,6 +78,7 @@ class InPlaceRun:
         if not answer.finite and not self._known:
             raise NonFiniteLoss.at_start(answer.loss)
         self._hold()
+        self._lost = not answer.finite
         if answer.finite:
             self._loss, self._known = answer.loss, True
             if all(t.grad is None for t in self.vector.tensors):
@@ -82,14 +86,25 @@ class InPlaceRun:
                     "gradient: the loss depends on none of the selected weights "
                     f"({', '.join(map(repr, self.vector.names[:5]))}); select others, or use a gradient-free method"
                 )
+            if not answer.keeps_best:
+                self._keep()
             self.optimizer.step()
             self.vector.touch()
             self.vector.project()
         return Step(answer.loss, self.name)
 
+    def _keep(self) -> None:
+        if self._sound is None:
+            self._sound = self.vector.snapshot()
+        else:
+            self.vector.copy_to(self._sound)
+
     @property
     def incumbent(self) -> Incumbent:
         """The weights as they stand after the last update, and the last loss (evaluated just before it)."""
+        standing = self.vector.tensors if self._saved is None else self._saved
+        if self._sound is not None and (self._lost or not all(bool(t.isfinite().all()) for t in standing)):
+            return Incumbent(self._loss, self.vector.encode(self.vector.gather(self._sound)))
         if self._saved is None:
             return Incumbent(self._loss, None)
         return Incumbent(self._loss, self.vector.encode(self.vector.gather(self._saved)))
@@ -107,6 +122,8 @@ class InPlaceRun:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "loss": self._loss,
             "known": self._known,
+            "sound": None if self._sound is None else [t.clone() for t in self._sound],
+            "lost": self._lost,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
@@ -118,6 +135,8 @@ class InPlaceRun:
         self.vector.restore(state["weights"])
         load_optimizer(self.optimizer, state["optimizer"])
         self._loss, self._known = state["loss"], state["known"]
+        self._sound = None if state["sound"] is None else [t.clone() for t in state["sound"]]
+        self._lost = state["lost"]
 
     def close(self) -> None:
         """Let go of the tensors."""

@@ -257,6 +257,46 @@ def test_gradients_that_are_nan_for_good_end_the_run(text: str) -> None:
     assert result.evaluations <= 40
 
 
+@pytest.mark.filterwarnings("ignore:loss inf", "ignore:loss nan")
+@pytest.mark.parametrize("rate", [0.1, 1e30, 1e38])
+@pytest.mark.parametrize("after", ["", " > random_search"])
+def test_under_noise_the_last_point_is_one_with_a_finite_loss(rate: float, after: str) -> None:
+    """No best point is kept then: a diverging method used to leave, and hand over, weights whose loss is inf or nan."""
+
+    def loss(x: Tensor) -> Tensor:
+        return (x**4).sum() * (1 + 0.1 * torch.rand(()))
+
+    for budget in (1, 3, 60):
+        x = torch.full((3,), 2.0)
+        result = hybridopt.minimize(loss, x, f"sgd(lr={rate}){after}", budget=budget, seed=0)
+        assert x.detach().isfinite().all()
+        if budget > 1:  # the update after the only evaluation is seen by nobody
+            assert loss(x.detach()).isfinite()
+        assert result.loss < math.inf
+
+
+@pytest.mark.filterwarnings("ignore:loss inf", "ignore:loss nan")
+@pytest.mark.parametrize("cut", [1, 2, 3, 10])
+def test_a_diverged_run_is_resumed_with_its_last_sound_point(cut: int) -> None:
+    def loss(x: Tensor) -> Tensor:
+        return (x**4).sum() * (1 + 0.1 * torch.rand(()))
+
+    def run(state: Any = None, steps: int = 99) -> tuple[Any, Tensor]:
+        x = torch.full((3,), 2.0)
+        with hybridopt.Run(loss, x, "sgd(lr=0.1)", budget=60, seed=0) as made:
+            if state is not None:
+                made.load_state_dict(state)
+            for _ in range(steps):
+                if made.step() is None:
+                    break
+            return made.state_dict(), x
+
+    _, whole = run()
+    state, _ = run(steps=cut)
+    _, resumed = run(state)
+    assert torch.equal(whole, resumed)
+
+
 def test_lbfgs_backs_off_from_a_cliff() -> None:
     """A line search that steps over an edge comes back (told +inf, torch's would interpolate it to nan weights)."""
 
