@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -331,12 +331,17 @@ def _graph(result: Any) -> Tensor | None:
     return tensor if isinstance(tensor, Tensor) and tensor.requires_grad else None
 
 
+def present(grads: Iterable[Tensor | None]) -> list[Tensor]:
+    """The numbers of gradients that there are, of sparse ones those stored; norms of them are those of the whole."""
+    found = (g if g.layout is torch.strided else g.coalesce().values() for g in grads if g is not None)
+    return [g for g in found if g.numel()]
+
+
 def _all_finite(grads: Sequence[Tensor | None]) -> bool:
-    present = [g if g.layout is torch.strided else g.coalesce().values() for g in grads if g is not None]
-    present = [g for g in present if g.numel()]
-    if not present:
+    numbers = present(grads)
+    if not numbers:
         return True
-    if len({g.device for g in present}) > 1:
-        return all(bool(g.isfinite().all()) for g in present)
-    norms = torch._foreach_norm(present, math.inf)
+    if len({g.device for g in numbers}) > 1:
+        return all(bool(g.isfinite().all()) for g in numbers)
+    norms = torch._foreach_norm(numbers, math.inf)
     return math.isfinite(torch.stack([n.double() for n in norms]).sum().item())

@@ -114,9 +114,12 @@ class Run:
         if done.reason is not None:
             self._ended = (done.reason, done.message or done.reason.sentence)
             self.reason, self.message = self._ended
+        self._look_at_target()
+        return done
+
+    def _look_at_target(self) -> None:
         if self.objective.ledger.target_reached:
             self.reason, self.message = Reason.TARGET, Reason.TARGET.sentence
-        return done
 
     def __iter__(self) -> Iterator[Step]:
         while (done := self.step()) is not None:
@@ -226,6 +229,8 @@ class Run:
             StateError: it was saved by another method or over other weights.
             ReplayMismatch: (at the next step) a solver does not walk the recorded path any more.
         """
+        if "trials" in state:
+            raise StateError("state: expected one of a run, got one of tune")
         if state.get("version") != STATE_VERSION:
             raise StateError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
         if state["method"] != str(self.method):
@@ -241,6 +246,7 @@ class Run:
         self.reason, self.message = (None, "") if self._ended is None else self._ended
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"], exact=exact)
+        self._look_at_target()
 
 
 def minimize(
@@ -295,13 +301,13 @@ def minimize(
     with run, _Interrupt() as interrupt:
         if file is not None and file.exists():
             state = load_checkpoint(file)
-            if seed is not None and state.get("seed") != seed:
+            if seed is not None and state.get("seed", seed) != seed:
                 raise StateError(
-                    f"checkpoint {file}: it was saved with seed {state.get('seed')}, got seed={seed}"
+                    f"checkpoint {file}: it was saved with seed {state['seed']}, got seed={seed}"
                 )
             run.load_state_dict(state, exact=exact)
         saved = time.monotonic()
-        for done in run:
+        while (done := run.step()) is not None:  # a generator could not pass on a StopIteration of the loss
             for callback in todo:
                 if callback(run, done):
                     run.end("a callback ended the run")

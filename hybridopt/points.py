@@ -88,7 +88,14 @@ class Points:
         broken = 0.0 if request.probe else violation
         keeps_best = evaluation.keeps_best
         return Answer(
-            loss, None, gradient, finite, surrogate=surrogate, array=array, violation=broken, keeps_best=keeps_best
+            loss,
+            None,
+            gradient,
+            finite,
+            surrogate=surrogate,
+            array=array,
+            violation=broken,
+            keeps_best=keeps_best,
         )
 
     def gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:

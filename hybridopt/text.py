@@ -134,11 +134,13 @@ def print_call(label: str, options: Mapping[str, Any], *inside: Any) -> str:
 
 
 def print_value(value: Any) -> str:
-    """A value as the parser reads it back: None, a bool, number, string, or a tuple or list of such."""
+    """A value as the parser reads it back: None, a bool, number, string, or a tuple or list of such; a dtype's name."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Method):
         return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if isinstance(value, str):
         plain = (
             re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value)

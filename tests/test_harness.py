@@ -164,6 +164,40 @@ def test_an_exception_in_a_callback_passes_and_the_best_point_stays():
     assert threading.active_count() == before
 
 
+@pytest.mark.filterwarnings("ignore:autograd refused")  # each call has another batch
+@pytest.mark.parametrize("method", ["adam", "cmaes", "slsqp", "lbfgs"])
+def test_a_loader_that_runs_dry_says_so_itself(method):
+    batches = iter([torch.randn(8, 3) for _ in range(5)])
+    with pytest.raises(StopIteration):
+        minimize(
+            lambda m: m(next(batches)).square().mean(), torch.nn.Linear(3, 1), method, budget=99, batch="loop"
+        )
+
+
+def test_a_resumed_run_knows_that_it_reached_the_target():
+    def run():
+        return Run(
+            bowl, np.ones(2), "nelder_mead(steps=1)", budget={"evaluations": 99, "target": 100}, seed=0
+        )
+
+    with run() as first:
+        list(first)
+        state = first.state_dict()
+    with run() as second:
+        second.load_state_dict(state)
+        assert list(second) == []
+    assert first.result().reason is second.result().reason is Reason.TARGET
+
+
+def test_a_checkpoint_of_tune_is_none_of_a_run(tmp_path):
+    file = tmp_path / "c.pt"
+    space = hybridopt.Space({"x": hybridopt.Float(-1, 1)})
+    hybridopt.tune(lambda c: c["x"] ** 2, space, "random_search", budget=3, seed=1, checkpoint=file)
+    for seed in (None, 0):
+        with pytest.raises(StateError, match="expected one of a run, got one of tune"):
+            minimize(bowl, np.ones(1), "random_search", budget=3, seed=seed, checkpoint=file)
+
+
 @pytest.fixture
 def interruptible():
     """Python's own handler of Ctrl-C; a process begun in the background has none."""

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hybridopt
 from hybridopt.adapters import CMAES, PSO, SLSQP, Adam, DualAnnealing
 from hybridopt.errors import BudgetError, HybridoptError, MethodError, PluginError
 from hybridopt.optimizer import HandOver, Method, Optimizer
@@ -316,3 +317,13 @@ def test_not_a_number_and_infinity_are_numbers() -> None:
     made = method("outside_module:Outside(a=nan, b=-inf, c=inf, d=info)")
     assert math.isnan(made.options()["a"])
     assert made.options() | {"a": 0} == {"a": 0, "b": -math.inf, "c": math.inf, "d": "info"}
+
+
+def test_dtypes_and_tensors_of_one_number_have_a_text() -> None:
+    made = method("adam", lr=torch.tensor(0.5), state_dtype=torch.bfloat16)
+    assert str(made) == "adam(lr=0.5, state_dtype=bfloat16)"
+    assert method(str(made)) == made == method("adam(lr=0.5, state_dtype=bfloat16)")
+    result = hybridopt.minimize(lambda w: (w**2).sum(), torch.ones(3), str(made), budget=9, seed=0)
+    assert method(result.method) == made
+    with pytest.raises(MethodError, match="torch float dtype, got 'bfloat15'"):
+        hybridopt.minimize(lambda w: (w**2).sum(), torch.ones(3), "adam(state_dtype=bfloat15)", budget=9)

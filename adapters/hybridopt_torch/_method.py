@@ -39,7 +39,8 @@ class TorchMethod(Method):
 
     Args:
         cls: the optimizer class, called as `cls(params, **options)`. Parameter groups of the vector are passed on.
-        **options: its keyword arguments; checked against its signature.
+        **options: its keyword arguments; checked against its signature. A dtype may be given by its name (`bfloat16`);
+            a tensor of one number is taken as that number.
 
     Example:
         >>> import torch, hybridopt
@@ -60,7 +61,7 @@ class TorchMethod(Method):
             raise MethodError(f"method: expected a torch.optim.Optimizer class, got {cls!r}")
         self.cls = cls
         self._label = _label or f"{cls.__module__}:{cls.__qualname__}"
-        self._options = dict(options)
+        self._options = {option: _plain(option, value) for option, value in options.items()}
         known = _keywords(cls)
         if known is not None:
             for option in options:
@@ -141,6 +142,14 @@ class TorchMethod(Method):
 
     def __repr__(self) -> str:
         return f"method({str(self)!r})"
+
+
+def _plain(option: str, value: Any) -> Any:
+    """An option as its text says it."""
+    if isinstance(value, str) and option.endswith("dtype"):
+        named = getattr(torch, value, None)
+        return named if isinstance(named, torch.dtype) else value
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def torch_method(

@@ -13,6 +13,7 @@ import torch
 
 from hybridopt.compose.stage import Stage
 from hybridopt.errors import ClosedError, NonFiniteLoss, StateError
+from hybridopt.evaluation import present
 from hybridopt.ledger import Ledger, Reason
 from hybridopt.optimizer import (
     Answer,
@@ -229,7 +230,7 @@ class SequenceRun:
         if answer.gradient is not None:
             self.gradient_norm = float(np.linalg.norm(answer.gradient))
         elif self._in_place and answer.finite:
-            grads = [t.grad for t in self.vector.tensors if t.grad is not None]
+            grads = present(t.grad for t in self.vector.tensors)
             norms = torch._foreach_norm(grads) if grads else []
             self.gradient_norm = math.sqrt(sum(float(norm) ** 2 for norm in norms)) if grads else math.inf
 

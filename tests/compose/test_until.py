@@ -254,6 +254,23 @@ def test_plateau_of_a_noisy_loss() -> None:
     assert falling.reason is None
 
 
+def test_gradient_norm_of_sparse_gradients() -> None:
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    rows = torch.tensor([0, 2, 2])
+
+    def loss(m: torch.nn.Module) -> Tensor:
+        return ((m(rows) - 1) ** 2).sum()  # type: ignore[no-any-return]
+
+    result = hybridopt.minimize(
+        loss, embedding, "sparse_adam(lr=0.05) until gradient_norm(0.01)", budget=900, seed=0
+    )
+    assert result.reason is Reason.SWITCHED
+    dense = torch.nn.Embedding.from_pretrained(embedding.weight.detach(), freeze=False)
+    loss(dense).backward()
+    assert dense.weight.grad is not None
+    assert dense.weight.grad.norm() < 0.01
+
+
 def test_gradient_norm() -> None:
     """In place (`.grad`) and flat alike, at the last gradient."""
     for text in ("adam(lr=0.05)", "torch.sgd(lr=0.001)", "slsqp"):
