@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from hybridopt.optim._shards import whole_step
 # Elements: of weights stacked, or of the rows of a larger one that are updated at a time (they stay in the cache); from
 # where finding out that nothing is clamped pays; from where a single weight is faster than in torch's for-loop.
 STACKED, SEPARABLE, LARGE = 1 << 17, 1 << 13, 1 << 16
+STACKED_THERE = 1 << 22  # on a device
 # Smaller weights are for torch's for-loop when fewer: 1, 2, 3 matrices of 8 x 8 take 197, 292, 311 µs a step stacked
 # and 167, 270, 365 in the loop; 1, 2, 3 vectors of 64 131, 210, 224 and 105, 148, 192 (AMD EPYC, one thread, 2026-11).
 ENOUGH_MATRICES, ENOUGH_VECTORS = 3, 5
@@ -26,6 +27,8 @@ ENOUGH_MATRICES, ENOUGH_VECTORS = 3, 5
 _DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ONE = torch.tensor(1.0)  # to make it takes 10 µs a step
+Numbers: TypeAlias = list[float] | Tensor
+"""One of each weight: Python's, or a float64 tensor of shape (weights,) on their device."""
 _torchs_step: Any = torch_adafactor.adafactor
 
 
@@ -38,12 +41,14 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
     Args:
         params, lr, beta2_decay, eps, d, weight_decay, foreach, maximize: as in torch.
         fused: `True` is `implementation="fused"`.
-        implementation: `"auto"` (default): batched on the CPU in float32 and float64, else torch's default;
+        implementation: `"auto"` (default): batched in float32 and float64 on CPU and CUDA, else torch's default;
             `"foreach"`, `"reference"`: torch's own; `"fused"`: no such kernel: one warning, then as auto.
         options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
             see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
     Notes:
+        On a GPU nothing waits for it, so that a CUDA graph can record a step, and `lr` may be a tensor there; counts of
+        steps are kept there, too (torch: on the CPU, and it waits twice a weight). Not yet measured on one.
         Weights that are DTensors are gathered one at a time (torch cannot step them); their states are whole on every
         process.
         Memory beyond the state: a few copies of 131 thousand weights; of a whole weight that is not a matrix, if larger
@@ -96,7 +101,6 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
             step()
 
     def _step_group(self, group: dict[str, Any]) -> str:
-        self._accelerator_graph_capture_health_check()
         params: list[Tensor] = []
         grads: list[Tensor] = []
         rows: list[Any] = []  # None for vectors, as `columns`
@@ -116,24 +120,35 @@ class Adafactor(GroupStep, torch.optim.Adafactor):
         lists = (params, grads, rows, columns, variances, steps)
         why = self._not_batched(params, grads)
         if why or self._implementation in ("reference", "foreach"):
+            self._accelerator_graph_capture_health_check()
             _torchs_step(*lists, foreach=group["foreach"], **options)
             return self._torchs(why)
         rest: list[int] = []
-        for batch in same_shaped(params, STACKED):
-            if _few([params[i] for i in batch]):
+        here = not params or _on_host(params[0])
+        if not here:
+            self._bring_steps(params, steps)
+        for batch in same_shaped(params, STACKED if here else STACKED_THERE):
+            if here and _few([params[i] for i in batch]):
                 rest += batch
             else:
                 _update(*[[column[i] for i in batch] for column in lists], **options)
-        _torchs_step(*[[column[i] for i in rest] for column in lists], **options)
+        if rest:
+            _torchs_step(*[[column[i] for i in rest] for column in lists], **options)
         few = params and len(rest) == len(params)
         return self._torchs("too few small weights of one shape") if few else BATCHED
+
+    def _bring_steps(self, params: list[Tensor], steps: list[Tensor]) -> None:
+        """Have the counts of steps where the weights are: torch makes them on the CPU."""
+        for i, (p, step) in enumerate(zip(params, steps, strict=True)):
+            if step.device != p.device:
+                self.state[p]["step"] = steps[i] = step.to(p.device)
 
     def _not_batched(self, params: list[Tensor], grads: list[Tensor]) -> str:
         """Why torch's own code must do this group."""
         for p, g in zip(params, grads, strict=True):
             if p.dtype not in _DTYPES or g.dtype != p.dtype:
                 return f"a weight is {p.dtype} and its gradient {g.dtype}"
-            if p.device.type != "cpu" or g.device != p.device:
+            if p.device.type not in ("cpu", "cuda") or p.device != params[0].device or g.device != p.device:
                 return f"a weight is on {p.device}"
             if type(p) not in _PLAIN or type(g) not in _PLAIN or g.layout is not torch.strided:
                 return f"a weight is a {type(p).__name__}, its gradient a {type(g).__name__} with layout {g.layout}"
@@ -164,59 +179,99 @@ def _update(
 ) -> None:
     """One step of weights of one shape, in place, stacked if they are several; letters as in torch's documentation."""
     p, numel, single = params[0], params[0].numel(), len(params) == 1
-    torch._foreach_add_(steps, _ONE)
-    counts = [step.item() for step in steps]
-    betas = [t**beta2_decay for t in counts]  # 1 - β2 of step t
-    norms = [_norms(weight, True)[0] for weight in params]
-    alphas = [max(eps2, n / numel**0.5) * min(lr, 1 / t**0.5) for n, t in zip(norms, counts, strict=True)]
+    here = _on_host(p)
+    if isinstance(lr, Tensor):
+        lr = lr.item() if _on_host(lr) and not here else lr.squeeze()
+    torch._foreach_add_(steps, _ONE if here else 1.0)
+    counts: Numbers = [step.item() for step in steps] if here else torch.stack(steps).double()
+    betas = _each(lambda t: t**beta2_decay, counts)  # 1 - β2 of step t
+    norms = _lengths(params)
     G = _stacked(grads)
     parts, targets = [G], [params]
     if p.ndim > 1:
         height = max(1, STACKED * p.shape[-2] // numel)
-        if single and p.ndim == 2 and height < p.shape[-2]:
+        if here and single and p.ndim == 2 and height < p.shape[-2]:
             # a few rows at a time; what is needed twice is computed twice
             parts = list(torch.split(G, height, dim=-2))
             targets = [[part] for part in torch.split(p, height, dim=-2)]
         direction = _factored(parts, rows, columns, betas, eps1)
     else:
-        torch._foreach_lerp_(variances, _unstacked(G * G, single), betas)
+        _follow(variances, G * G, betas)
         V = _stacked(variances).clamp(min=eps1 * eps1)
 
         def direction(i: int) -> Tensor:
             return V.rsqrt_().mul_(G)
 
     U = direction(0)
-    lengths = _norms(U, single)
+    lengths = _lengths(_unstacked(U, single))
     for i in range(1, len(parts)):
-        lengths = [math.hypot(lengths[0], *_norms(direction(i), single))]
-    sign, limit = 1 if maximize else -1, numel**0.5 * d
-    sizes = [sign * float(a / max(1.0, n / limit)) for a, n in zip(alphas, lengths, strict=True)]
+        lengths = [math.hypot(*lengths, *_lengths([direction(i)]))]
+
+    def size(norm: Any, t: Any, length: Any) -> Any:
+        alpha = _at_least(eps2, norm / numel**0.5) * _at_most(lr, 1 / t**0.5)
+        return (1 if maximize else -1) * alpha / _at_least(1.0, length / (numel**0.5 * d))
+
+    sizes = _each(size, norms, counts, lengths)
+    decay = 1 - lr * weight_decay
     for i, weights in enumerate(targets):
         if i:
             U = direction(i)
         if weight_decay != 0:
-            torch._foreach_mul_(weights, float(1 - lr * weight_decay))
-        if single:
-            weights[0].add_(U, alpha=sizes[0])
+            torch._foreach_mul_(weights, float(decay) if here else decay)
+        if single and here:
+            weights[0].add_(U, alpha=float(sizes[0]))
         else:
-            U.mul_(torch.tensor(sizes, dtype=U.dtype).view(-1, *[1] * p.ndim))
+            factors = torch.as_tensor(sizes, dtype=U.dtype, device=U.device)
+            U.mul_(factors.view(-1, *[1] * p.ndim) if not single else factors)
             torch._foreach_add_(weights, _unstacked(U, single))
 
 
+def _on_host(tensor: Tensor) -> bool:
+    """Whether numbers of whole weights are Python's; elsewhere tensors, and nobody waits for the device."""
+    return tensor.is_cpu
+
+
+def _each(function: Callable[..., Any], *numbers: Numbers) -> Numbers:
+    """A function of numbers of each weight: of Python's one by one, of tensors at once."""
+    if isinstance(numbers[0], Tensor):
+        made: Tensor = function(*numbers)
+        return made
+    return [function(*row) for row in zip(*numbers, strict=True)]
+
+
+def _at_least(floor: Any, x: Any) -> Any:
+    """The larger; the floor where x is nan, as by Python's max(floor, x)."""
+    return torch.where(x > floor, x, floor) if isinstance(x, Tensor) else max(floor, x)
+
+
+def _at_most(cap: Any, x: Any) -> Any:
+    return torch.where(x < cap, x, cap) if isinstance(x, Tensor) else min(cap, x)
+
+
+def _lengths(tensors: list[Tensor]) -> Numbers:
+    norms = torch.stack(torch._foreach_norm(tensors))
+    return norms.tolist() if _on_host(norms) else norms.double()
+
+
+def _follow(averages: list[Tensor], values: Tensor, betas: Numbers) -> None:
+    """Move running means towards new values, which are stacked if they are several."""
+    rates: Any = list(betas.to(values.dtype).unbind()) if isinstance(betas, Tensor) else betas
+    torch._foreach_lerp_(averages, _unstacked(values, len(averages) == 1), rates)
+
+
 def _factored(
-    parts: list[Tensor], rows: list[Tensor], columns: list[Tensor], betas: list[float], eps1: float
+    parts: list[Tensor], rows: list[Tensor], columns: list[Tensor], betas: Numbers, eps1: float
 ) -> Callable[[int], Tensor]:
     """Update R and C with the mean squares of the gradients, whose rows come in parts.
 
     Returns:
         A part's U = G / sqrt(V), V = R C / mean(R) but at least eps1^2, by the number of the part.
     """
-    single = len(rows) == 1
     row_means, column_sums = zip(*map(_squares, parts), strict=True)
     row_mean = torch.cat(row_means, dim=-2)
     column_mean = functools.reduce(torch.add, column_sums).div_(row_mean.shape[-2])
-    torch._foreach_lerp_(rows, _unstacked(row_mean, single), betas)
-    torch._foreach_lerp_(columns, _unstacked(column_mean, single), betas)
+    _follow(rows, row_mean, betas)
+    _follow(columns, column_mean, betas)
     R, C = _stacked(rows), _stacked(columns)
     mean = R.mean(dim=-2, keepdim=True).clamp_(min=eps1)
     if _separable(R, C, mean, eps1):
@@ -239,19 +294,12 @@ def _squares(G: Tensor) -> tuple[Tensor, Tensor]:
 
 def _separable(R: Tensor, C: Tensor, mean: Tensor, eps1: float) -> bool:
     """Whether no R C overflows, underflows or is clamped: one root a row and a column then does, not one a weight."""
-    if R.numel() * C.shape[-1] < SEPARABLE:
+    if R.numel() * C.shape[-1] < SEPARABLE or not _on_host(R):
         return False
     low = R.amin(dim=-2, keepdim=True) * C.amin(dim=-1, keepdim=True)
     high = R.amax(dim=-2, keepdim=True) * C.amax(dim=-1, keepdim=True)
     limits = torch.finfo(R.dtype)
     return bool(((low >= limits.tiny) & (low >= eps1 * eps1 * mean) & (high <= limits.max)).all())
-
-
-def _norms(U: Tensor, single: bool) -> list[float]:
-    if single:
-        return [torch.linalg.vector_norm(U).item()]
-    norms: list[float] = torch.linalg.vector_norm(U.reshape(len(U), -1), dim=1).tolist()
-    return norms
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

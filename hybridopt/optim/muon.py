@@ -47,8 +47,8 @@ class Muon(GroupStep, torch.optim.Muon):
         params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch.
         foreach: `True` is `implementation="foreach"`.
         fused: `True` is `implementation="fused"`.
-        implementation: `"auto"` (default): batched on the CPU, torch's for-loop elsewhere; `"foreach"`: batched on any
-            device; `"fused"`: no such kernel: one warning, then as auto; `"reference"`: torch's for-loop.
+        implementation: `"auto"` (default): batched on the CPU, and where `lr` is a tensor on a GPU (which a CUDA graph
+            then reads anew), torch's for-loop elsewhere; `"foreach"`: batched on any device; `"fused"`: no such kernel: one warning, then as auto; `"reference"`: torch's for-loop.
         options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
             see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
@@ -122,11 +122,12 @@ class Muon(GroupStep, torch.optim.Muon):
         lists = (params, grads, buffers)
         for batch in same_shaped(params, CHUNK):
             p = params[batch[0]]
-            if len(batch) == 1 and p.numel() * min(p.shape) < LONE_BELOW:
+            if len(batch) == 1 and p.numel() * min(p.shape) < LONE_BELOW and not _live(group["lr"]):
                 rest += batch
             else:
                 _update(*[[column[i] for i in batch] for column in lists], **options)
-        torch_muon.muon(*[[column[i] for i in rest] for column in lists], has_complex=False, **options)
+        if rest:
+            torch_muon.muon(*[[column[i] for i in rest] for column in lists], has_complex=False, **options)
         return self._torchs("nothing to batch") if params and len(rest) == len(params) else BATCHED
 
     def _not_batched(self, params: list[Tensor], grads: list[Tensor], options: dict[str, Any]) -> str:
@@ -134,7 +135,7 @@ class Muon(GroupStep, torch.optim.Muon):
         for t in (*params, *grads):
             if type(t) not in _PLAIN or t.layout is not torch.strided or t.ndim != 2:
                 return f"a weight or gradient is a {t.ndim}-dimensional {type(t).__name__} with layout {t.layout}"
-            if t.device.type != "cpu" and self._implementation != "foreach":
+            if t.device.type != "cpu" and self._implementation != "foreach" and not _live(options["lr"]):
                 return f"a weight is on {t.device}"
         if options["ns_steps"] >= 100 or len(options["ns_coefficients"]) != 3:
             return "wrong ns_steps or ns_coefficients"
@@ -169,8 +170,18 @@ def _update(
         adjusted = lr * (0.2 * math.sqrt(max(rows, columns)))
     else:
         adjusted = lr * math.sqrt(max(1, rows / columns))
-    torch._foreach_mul_(params, float(1 - lr * weight_decay))
-    torch._foreach_add_(params, list((steps.mT if tall else steps).unbind()), alpha=-float(adjusted))
+    decay, alpha = 1 - lr * weight_decay, -adjusted
+    if _live(lr):
+        steps = steps.to(params[0].dtype) * alpha
+    else:
+        decay, alpha = float(decay), float(alpha)
+    torch._foreach_mul_(params, decay)
+    torch._foreach_add_(params, list((steps.mT if tall else steps).unbind()), alpha=1 if _live(lr) else alpha)
+
+
+def _live(lr: Any) -> bool:
+    """Whether the learning rate is a tensor on a device: nobody waits for it, and a graph that is replayed reads it."""
+    return isinstance(lr, Tensor) and not lr.is_cpu
 
 
 def orthogonalised(
