@@ -48,7 +48,8 @@ class Muon(GroupStep, torch.optim.Muon):
         foreach: `True` is `implementation="foreach"`.
         fused: `True` is `implementation="fused"`.
         implementation: `"auto"` (default): batched on the CPU, and where `lr` is a tensor on a GPU (which a CUDA graph
-            then reads anew), torch's for-loop elsewhere; `"foreach"`: batched on any device; `"fused"`: no such kernel: one warning, then as auto; `"reference"`: torch's for-loop.
+            then reads anew), torch's for-loop elsewhere; `"foreach"`: batched on any device; `"fused"`: no such kernel:
+            one warning, then as auto; `"reference"`: torch's for-loop.
         options: `state_dtype`, `stochastic_rounding`, `kahan_sum`, `max_grad_norm`, `nonfinite`, `seed`, by keyword;
             see `StepOptions`. They, and 16-bit weights, take the time of float32 copies.
 
