@@ -107,7 +107,7 @@ class ParameterVector:
         self._whole: tuple[ParameterVector, npt.NDArray[np.intp]] | None = (
             None  # what it is a part of, and which
         )
-        self._parts: weakref.WeakSet[ParameterVector] = weakref.WeakSet()  # of the whole
+        self._parts: weakref.WeakSet[ParameterVector] | None = None  # of the whole, once there are any
         self._owner: Owner | None = None
         self._sides: tuple[list[Any], list[Tensor], list[Tensor]] | None = None
         self._staging: tuple[npt.NDArray[np.float64], list[Tensor]] | None = None
@@ -245,6 +245,7 @@ class ParameterVector:
         made._lay_out()
         root, of_root = (self, index) if self._whole is None else (self._whole[0], self._whole[1][index])
         made._whole = (root, of_root)
+        root._parts = weakref.WeakSet() if root._parts is None else root._parts
         root._parts.add(made)
         made._sides = None
         made.lower, made.upper = self.lower[index], self.upper[index]
@@ -271,7 +272,7 @@ class ParameterVector:
         self.coordinates = self.coordinates.resumed(state, self._measured)
         self.scale = self.coordinates.scale
         if self.scale is not None:
-            for part in self._parts:
+            for part in self._parts or ():
                 part.scale = part.from_whole(self.scale)
                 part.coordinates = part._coordinates()
 
@@ -375,7 +376,7 @@ class ParameterVector:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have weights of their own, which nobody holds yet, and make their own write buffer."""
-        return self.__dict__ | {"_staging": None, "_owner": None, "_parts": weakref.WeakSet()}
+        return self.__dict__ | {"_staging": None, "_owner": None, "_parts": None}
 
     def __repr__(self) -> str:
         bounds = "bounded" if self.bounded else "unbounded"

@@ -34,7 +34,7 @@ def run(objective: Objective, budgets: list[Any], through: bool) -> tuple[list[l
                 if through:
                     state = through_a_file(objective.state_dict())
                     objective.close()
-                    objective = new()
+                    objective = new(noise=objective.randomness.policy)
                     objective.load_state_dict(state)
                 objective.ledger.limit(todo.pop(0) if todo else Budget())
         assert answer.losses is not None
