@@ -311,15 +311,15 @@ def test_workers_change_nothing(early: Any) -> None:
 
 
 def test_trials_of_a_generation_run_together() -> None:
-    """Four of them wait for each other: one at a time they would wait for ever."""
-    meeting = threading.Barrier(4, timeout=20)
+    """Five of them wait for each other, the start and four drawn: one at a time they would wait for ever."""
+    meeting = threading.Barrier(5, timeout=20)
 
     def train(config: dict[str, Any]) -> float:
         meeting.wait()
         return bowl(config)
 
-    tuning = tune(train, SPACE, "cmaes(popsize=4)", 12, seed=3, workers=4)
-    assert [t.state for t in tuning.trials] == ["complete"] * 12
+    tuning = tune(train, SPACE, "cmaes(popsize=4)", 5, seed=3, workers=5)
+    assert [t.state for t in tuning.trials] == ["complete"] * 5
 
 
 def test_no_trial_beyond_the_budget_is_begun() -> None:
@@ -411,8 +411,8 @@ def test_a_callback_ends_the_search() -> None:
         return record.number == 9
 
     tuning = tune(bowl, SPACE, "cmaes(popsize=8)", 90, seed=3, callbacks=enough)
-    assert len(tuning.trials) == 16  # the generation is trained to its end
-    assert seen == list(range(16))
+    assert len(tuning.trials) == 17  # the start; the second generation is trained to its end
+    assert seen == list(range(17))
 
 
 # -- a ready space -----------------------------------------------------------------------------------------------

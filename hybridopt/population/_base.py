@@ -109,6 +109,8 @@ class PopulationMethod(Method):
     uses: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS, Need.POPULATION})
     takes: ClassVar[frozenset[str]] = frozenset({"sigma", "covariance"})
     memory_advice: ClassVar[str] = "select fewer weights (select=...)"
+    skips_start: ClassVar[bool] = False
+    """Whether its generations leave out the start, which then is evaluated beside the first one."""
 
     @abc.abstractmethod
     def begin(self, start: Start, rng: np.random.Generator) -> Strategy:
@@ -161,6 +163,8 @@ class PopulationRun:
             None  # the lowest of the last generation, where there is no favourite
         )
         self._judged = 0  # rows of `_pending` that are points to name
+        # whether the first row is the start, which no generation holds: one must not end worse than one began
+        self._opening = method.skips_start and not math.isfinite(start.loss)
         self._closed = False
 
     def _begin(self, start: Start) -> None:
@@ -180,7 +184,7 @@ class PopulationRun:
             drawn = self._drawn()
             judged = self._candidates() if self._noisy else []
             self._judged = len(judged)
-            self._pending = stacked(judged, drawn)
+            self._pending = stacked([self.start.x0] if self._opening else judged, drawn)
         return Request(Kind.POPULATION, cast("FloatArray", self._pending))
 
     def _drawn(self) -> Rows:
@@ -212,6 +216,11 @@ class PopulationRun:
         assert losses is not None
         self._noisy |= not answer.keeps_best
         luck = 0.0
+        if self._opening:
+            self._opening = False
+            if losses[0] < self._best.loss:
+                self._best = Incumbent(float(losses[0]), x[0].copy())
+            x, losses = x[1:], losses[1:]
         if self._judged:
             judged, losses = losses[: self._judged], losses[self._judged :]
             rivals = self._judged > 1 and self.strategy.favourite() is None  # else the favourite is named
@@ -278,6 +287,7 @@ class PopulationRun:
             "named": [self._named.loss, _pack(self._named.x)],
             "rival": _pack(self._rival),
             "judged": self._judged,
+            "opening": self._opening,
             "ending": None
             if ending is None
             else [ending.reason.value, ending.message, ending.loss, _pack(ending.x)],
@@ -300,7 +310,7 @@ class PopulationRun:
         self._bits.state = copy.deepcopy(state["generator"])
         self._pending = _unpack(state["pending"])
         self._best = Incumbent(state["best"][0], _unpack(state["best"][1]))
-        self._noisy, self._judged = state["noisy"], state["judged"]
+        self._noisy, self._judged, self._opening = state["noisy"], state["judged"], state["opening"]
         self._named = Incumbent(state["named"][0], _unpack(state["named"][1]))
         self._rival = _unpack(state["rival"])
         self._ending = None

@@ -54,7 +54,8 @@ class CMAES(PopulationMethod):
     triangular factor turns along. On BBOB the evaluations needed are the same. The factor is renewed every
     1/(2 n (c_1 + c_mu)) generations (B.2 says 1/(10 n ...); pycma does as we do). Bounds: the search itself has none;
     what it samples is mapped into the box (`Space`), so that the evaluated point always lies inside. Weights that stand
-    for whole numbers keep a chance to leave theirs (`Margin`). Where losses are random, each generation also evaluates
+    for whole numbers keep a chance to leave theirs (`Margin`). The start is evaluated beside the first generation,
+    which alone is learnt from, unless its loss is known. Where losses are random, each generation also evaluates
     the mean, which is what the method then names as its point; see `learning_rate_adaptation` and popsize for noise.
 
     It also ends, as stalled, when the loss is flat, when best and median losses stagnate, when the step size has grown
@@ -94,6 +95,7 @@ class CMAES(PopulationMethod):
     """
 
     name: ClassVar[str] = "cmaes"
+    skips_start: ClassVar[bool] = True
     memory_advice: ClassVar[str] = (
         "use covariance=separable or =limited, or select fewer weights (select=...)"
     )

@@ -65,6 +65,7 @@ class LQCMAES(PopulationMethod):
         True
     """
 
+    skips_start: ClassVar[bool] = True
     name: ClassVar[str] = "lq_cmaes"
 
     sigma: float | None = None

@@ -89,7 +89,27 @@ def begin(
 ) -> PopulationRun:
     x = np.array(x0, dtype=float)
     sides = np.broadcast_to(lower, x.shape).astype(float), np.broadcast_to(upper, x.shape).astype(float)
+    more = {"loss": 1e300, **more}  # known, so that it is not evaluated
     return PopulationRun(method, Start(x, *sides, np.full(x.shape, np.finfo(float).eps), seed, **more))
+
+
+@pytest.mark.parametrize("covariance", ["full", "separable", "limited"])
+def test_the_start_is_evaluated_beside_the_first_generation(covariance: Any) -> None:
+    """So nobody ends worse than he began, and what is drawn and learnt is as if it had not been."""
+    points = []
+    for loss in (math.inf, 0.0):
+        run = begin(CMAES(popsize=8, covariance=covariance, **ENDLESS), np.ones(3), loss=loss)
+        first, step = generation(run, lambda x: ((x - 1) ** 2).sum(1))
+        assert step.loss > 0
+        assert run.incumbent.loss == 0
+        assert run.incumbent.x is not None
+        assert run.incumbent.x.tolist() == [1, 1, 1]
+        second, _ = generation(run, rosenbrock)
+        points.append([first, second])
+        assert len(second) == 8
+    assert points[0][0][0].tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(points[0][0][1:], points[1][0])
+    np.testing.assert_array_equal(points[0][1], points[1][1])
 
 
 def generation(run: PopulationRun, loss: Loss) -> tuple[Array, Step]:

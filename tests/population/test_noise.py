@@ -120,11 +120,11 @@ def test_the_loss_of_what_is_named_is_no_lucky_draw() -> None:
 
 
 def test_points_to_name_are_evaluations() -> None:
-    with Objective(noisy, torch.ones(3), 80) as objective:
+    with Objective(noisy, torch.ones(3), 81) as objective:
         run = CMAES().start(objective.vector, 0)
-        for _ in range(10):  # 7 points, and 8 in each further generation: 7 + 9 × 8 = 79
-            step(run, objective)
-        assert objective.ledger.evaluations == 79
-        with pytest.raises(Stop):
+        for _ in range(10):  # the start, and 7 points; 8 in each further generation: 80
             step(run, objective)
         assert objective.ledger.evaluations == 80
+        with pytest.raises(Stop):
+            step(run, objective)
+        assert objective.ledger.evaluations == 81
