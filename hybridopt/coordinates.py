@@ -39,6 +39,8 @@ class Coordinates:
 
     The smallest normal number of its dtype; `LEAST_WHOLE` where it is `integer`.
     """
+    huge: FloatArray | float = np.inf
+    """The largest finite number of the dtype of each, shape (their number,): none is more."""
 
     def encode(self, x: FloatArray) -> FloatArray:
         """Weights -> solver coordinates, shape (..., n); the same object where they are the same numbers."""
@@ -53,8 +55,8 @@ class Coordinates:
             return z
         x = np.array(z) if self.scale is None else z * self.scale
         if self.log is not None:
-            with np.errstate(over="ignore"):  # inf is for the loss to refuse
-                x[..., self.log] = np.maximum(np.exp(x[..., self.log]), self.tiny)
+            with np.errstate(over="ignore"):
+                x[..., self.log] = np.clip(np.exp(x[..., self.log]), self.tiny, self.huge)
         if self.integer is not None:
             x[..., self.integer] = np.rint(x[..., self.integer])
         clipped: FloatArray = np.clip(x, self.lower, self.upper)

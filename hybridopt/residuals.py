@@ -97,7 +97,10 @@ class Residuals:
         if self.count and len(r) != self.count:
             raise ObjectiveError(f"residuals: expected {self.count} of them at every call, got {len(r)}")
         if not self._linear:
-            r = r * self._factor((r / self._scale) ** 2)
+            # the square of a large residual is no number of a narrow dtype; one of float64 is kept finite
+            wide = r if r.device.type == "mps" else r.double()
+            z = ((wide / self._scale) ** 2).clamp(max=torch.finfo(wide.dtype).max)
+            r = (wide * self._factor(z)).to(r.dtype)
         return r, aux
 
     def told(self, finite: bool) -> FloatArray:

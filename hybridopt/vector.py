@@ -142,11 +142,17 @@ class ParameterVector:
         }
 
     def _coordinates(self) -> Coordinates:
-        tiny: FloatArray | float = 0.0
-        if self.log is not None:
-            tiny = np.repeat([torch.finfo(t.dtype).tiny for t in self.tensors], self.sizes)
-            tiny = (tiny if self.integer is None else np.where(self.integer, LEAST_WHOLE, tiny))[self.log]
-        return Coordinates(self.lower, self.upper, self.scale, self.integer, self.log, tiny)
+        if self.log is None:
+            return Coordinates(self.lower, self.upper, self.scale, self.integer)
+        kinds = [torch.finfo(t.dtype) for t in self.tensors]
+        tiny, huge = (
+            np.repeat(numbers, self.sizes) for numbers in zip(*((k.tiny, k.max) for k in kinds), strict=True)
+        )
+        if self.integer is not None:
+            tiny = np.where(self.integer, LEAST_WHOLE, tiny)
+        return Coordinates(
+            self.lower, self.upper, self.scale, self.integer, self.log, tiny[self.log], huge[self.log]
+        )
 
     # -- reading and writing ------------------------------------------------------------------------------------
 

@@ -385,6 +385,15 @@ def test_a_simplex_begins_at_least_one_number_wide() -> None:
         assert result.best_loss == 0, (start, bounds)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_logarithm_without_an_upper_bound_stays_finite(dtype: torch.dtype) -> None:
+    vector = ParameterVector(torch.ones(2, dtype=dtype), log=True)
+    assert vector.decode(np.array([1e5, 0.0])).tolist() == [torch.finfo(dtype).max, 1]
+    x = torch.ones(1, dtype=dtype)
+    hybridopt.minimize(lambda x: -x.double().log().sum(), x, "cmaes", budget=900, log=True, seed=0)
+    assert x.item() == torch.finfo(dtype).max
+
+
 def test_a_start_that_is_not_whole_is_rounded() -> None:
     vector = ParameterVector(torch.tensor([0.7]), bounds=(0.9, 3), integer=True)
     result = hybridopt.minimize(lambda x: x.sum(), vector, "random_search", budget=1)  # of the start alone

@@ -1,0 +1,41 @@
+"""Robust residuals at the ends of the number range."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hybridopt.objective import Objective
+from hybridopt.optimizer import Kind, Request
+
+LARGEST = {torch.float16: 4, torch.float32: 38, torch.float64: 307}  # powers of ten
+
+
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("name", ["soft_l1", "huber", "cauchy", "arctan"])
+def test_a_worse_residual_never_counts_less(name: str, dtype: torch.dtype) -> None:
+    """r² is inf long before r is; the factor used to be 0 or nan then."""
+    sizes = 10.0 ** np.arange(-3, LARGEST[dtype] + 1)
+    with Objective(lambda x: x, torch.ones(1, dtype=dtype), residuals=name) as objective:
+        told = [objective.answer(Request(Kind.VALUE, np.array([size]))).loss for size in sizes]
+    seen = np.array(told)
+    if name == "soft_l1":  # ½ rho ~ r is more than the narrow dtype, or its square, can hold
+        seen = seen[seen < math.inf]
+        assert len(seen) > len(sizes) / 2
+    assert np.isfinite(seen).all() or name == "huber"
+    finite = seen[np.isfinite(seen)]
+    assert (np.diff(finite) >= -1e-3 * finite[:-1]).all()
+    exact: dict[str, Any] = {
+        "soft_l1": lambda r: np.hypot(1, r) - 1,
+        "huber": lambda r: np.where(r <= 1, r * r / 2, r - 0.5),
+        "cauchy": lambda r: np.log(np.hypot(1, r)),
+        "arctan": lambda r: np.where(r < 1e150, np.arctan(r * np.minimum(r, 1e150)), np.pi / 2) / 2,
+    }
+    held = sizes[: len(finite)]
+    near = held < 1e140
+    tol = {torch.float16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-9}[dtype]
+    np.testing.assert_allclose(finite[near], exact[name](held[near]), rtol=tol, atol=tol * 1e-3)
