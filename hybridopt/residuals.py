@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,16 @@ _FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
     "cauchy": lambda z: _over(torch.log1p, z, 1 / 2).sqrt(),
     # rho = arctan z
     "arctan": lambda z: _over(torch.arctan, z, 0.0).sqrt(),
+}
+
+
+# r̃ for a large r, both in units of the scale
+_GROWTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": torch.clone,
+    "soft_l1": lambda u: 2**0.5 * u.sqrt(),
+    "huber": lambda u: 2**0.5 * u.sqrt(),
+    "cauchy": lambda u: (2 * u.log()).sqrt(),
+    "arctan": lambda u: torch.full_like(u, (math.pi / 2) ** 0.5),
 }
 
 
@@ -54,7 +65,7 @@ class Residuals:
                 f"residuals: expected True, one of {', '.join(sorted(_FACTORS))}, or such a name with the size of a "
                 f"residual from which it counts less, as in ('soft_l1', 0.1); got {choice!r}"
             )
-        self._factor = _FACTORS[name]
+        self._factor, self._growth = _FACTORS[name], _GROWTH[name]
         self._linear = name == "linear"
         self._scale = float(scale)
         self.last: Tensor | None = None
@@ -97,11 +108,16 @@ class Residuals:
         if self.count and len(r) != self.count:
             raise ObjectiveError(f"residuals: expected {self.count} of them at every call, got {len(r)}")
         if not self._linear:
-            # the square of a large residual is no number of a narrow dtype; one of float64 is kept finite
-            wide = r if r.device.type == "mps" else r.double()
-            z = ((wide / self._scale) ** 2).clamp(max=torch.finfo(wide.dtype).max)
-            r = (wide * self._factor(z)).to(r.dtype)
+            r = self._robust(r if r.device.type == "mps" else r.double()).to(r.dtype)
         return r, aux
+
+    def _robust(self, r: Tensor) -> Tensor:
+        """r̃ of r; where its square is too large a number, as far out as that, by what r̃ grows like."""
+        u = (r / self._scale).abs()
+        far = u > torch.finfo(r.dtype).max ** 0.4
+        near = torch.where(far, torch.ones_like(r), r)
+        grown = self._scale * self._growth(torch.where(far, u, torch.full_like(u, 2.0))) * r.sign()
+        return torch.where(far, grown, near * self._factor((near / self._scale) ** 2))
 
     def told(self, finite: bool) -> FloatArray:
         """The residuals of the last call as a solver is told them: all inf where their loss was not finite."""

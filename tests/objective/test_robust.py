@@ -39,3 +39,21 @@ def test_a_worse_residual_never_counts_less(name: str, dtype: torch.dtype) -> No
     near = held < 1e140
     tol = {torch.float16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-9}[dtype]
     np.testing.assert_allclose(finite[near], exact[name](held[near]), rtol=tol, atol=tol * 1e-3)
+
+
+@pytest.mark.parametrize("name", ["soft_l1", "huber", "cauchy", "arctan"])
+def test_gradients_are_finite_and_those_of_the_loss(name: str) -> None:
+    sizes = torch.tensor([0.0, 1e-5, 0.5, 3.0, 1e10, 1e130, 1e200], dtype=torch.float64)
+    with Objective(lambda x: x, torch.zeros(7, dtype=torch.float64), residuals=(name, 0.7)) as objective:
+        answer = objective.answer(Request(Kind.VALUE_AND_GRADIENT, sizes.numpy()))
+        assert answer.gradient is not None
+        assert np.isfinite(answer.gradient).all()
+        for i in (1, 2, 3):
+            step = 1e-6 * np.eye(7)[i]
+            up, down = (
+                objective.answer(
+                    Request(Kind.VALUE, np.where(np.arange(7) < 4, sizes.numpy(), 0) + side * step)
+                ).loss
+                for side in (1, -1)
+            )
+            assert answer.gradient[i] == pytest.approx((up - down) / 2e-6, rel=1e-4)
