@@ -79,6 +79,7 @@ class Evaluation:
         self._epoch = -1  # state of the weights when they were brought to `x`
         self._token = object()
         self._moved = False
+        self._nowhere = False  # whether a coordinate of the point is nan
 
     # -- where the weights stand --------------------------------------------------------------------------------
 
@@ -101,9 +102,10 @@ class Evaluation:
             weakref.finalize(tensor, _MOVERS.pop, id(tensor), None)
         _MOVERS[id(tensor)] = self._token
         if z is None:
-            self.x = None
+            self.x, self._nowhere = None, False
             return
         self.x = self.decoded(z)
+        self._nowhere = nowhere(self.x)
         self.vector.write(self.x)
         self._epoch = self.vector.epoch
 
@@ -194,8 +196,11 @@ class Evaluation:
             again: whether it repeats the last evaluation, whose graph was lost.
 
         Returns:
-            The number, and what a gradient needs (None without `with_graph`).
+            The number, and what a gradient needs (None without `with_graph`). A point with a nan in it is no point: its
+            loss is nan, whatever a loss that counts or rounds would say.
         """
+        if self._nowhere:
+            return math.nan, None
         closure = self.closure_backward is not False
         if closure:
             self.guard.clear_gradients()
@@ -329,6 +334,11 @@ class _Undone:
 def _graph(result: Any) -> Tensor | None:
     tensor = result[0] if isinstance(result, tuple) else result
     return tensor if isinstance(tensor, Tensor) and tensor.requires_grad else None
+
+
+def nowhere(x: FloatArray) -> bool:
+    """Whether a weight of a point, shape (n,), is nan."""
+    return math.isnan(x.dot(x))
 
 
 def present(grads: Iterable[Tensor | None]) -> list[Tensor]:

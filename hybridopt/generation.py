@@ -12,7 +12,7 @@ import torch
 from hybridopt.accounts import Accounts
 from hybridopt.batch import Batch, Choice, out_of_memory
 from hybridopt.errors import BoundsError, NonFiniteLoss
-from hybridopt.evaluation import Evaluation
+from hybridopt.evaluation import Evaluation, nowhere
 from hybridopt.feasibility import Feasibility
 from hybridopt.ledger import Ledger
 from hybridopt.optimizer import Answer, Kind, Request
@@ -201,7 +201,7 @@ class Generations:
     ) -> None:
         """Book the members of a batch. Under `nonfinite="raise"` all are booked, then the first bad one raises."""
         lowest, highest = _extremes(values)
-        finite = math.isfinite(lowest) and math.isfinite(highest)
+        finite = math.isfinite(lowest) and math.isfinite(highest) and not nowhere(x[int(values.argmin())])
         if finite and not self._accounts.listeners and (slopes is None or np.isfinite(slopes).all()):
             if self._accounts.scores is not None and not probe:
                 self._accounts.scores.offer(values, x)
@@ -216,6 +216,7 @@ class Generations:
         told = begun
         for i, value in enumerate(values.tolist()):
             self._evaluation.imagine(x[i])
+            value = math.nan if nowhere(x[i]) else value
             try:
                 if slopes is None:
                     told.losses.append(self._accounts.book_member(ledgers, value, 1, 0, probe))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hybridopt.errors import (
     NonFiniteLoss,
@@ -162,3 +163,29 @@ def test_a_stage_without_a_finite_loss_ends_and_the_next_one_begins() -> None:
         assert (stop.ledger, stop.reason) == (first, Reason.NON_FINITE)
         answer = objective.answer(at(Kind.VALUE, [1, 0]).within(second))
         assert (answer.stop, answer.loss) == (None, 1)
+
+
+@pytest.mark.filterwarnings("ignore:loss nan")
+@pytest.mark.parametrize("batch", ["loop", "vmap"])
+def test_a_point_with_a_nan_in_it_is_no_point(batch: Any) -> None:
+    """Whatever a loss says there: what counts, rounds or compares is finite at nan."""
+    called = []
+
+    def loss(x: Tensor) -> Tensor:
+        called.append(1)
+        return (x > 0.5).sum() * x.isfinite().all() + 0 * x.detach().nan_to_num().sum()
+
+    with Objective(loss, torch.ones(3), batch=batch) as objective:
+        good, bad = np.full(3, 0.7), np.array([0.7, np.nan, 0.7])
+        for kind in (Kind.VALUE, Kind.VALUE_AND_GRADIENT):
+            answer = objective.answer(Request(kind, bad))
+            assert (answer.loss, answer.finite) == (math.inf, False)
+        assert called == []
+        losses = objective.answer(Request(Kind.POPULATION, np.array([good, good, bad, good, bad]))).losses
+        assert losses is not None
+        assert np.isinf(losses).tolist() == [False, False, True, False, True]
+        assert objective.ledger.best_loss == 3
+        assert objective.ledger.nonfinite == 4
+        assert objective.ledger.evaluations == 7
+        objective.restore_best()
+        assert objective.vector.read().tolist() == pytest.approx([0.7] * 3)
