@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TypeAlias
 
@@ -25,6 +26,8 @@ class Ask:
         self.question = question
         self.checked = set() if checked is None else checked
         """Which of autograd's derivatives were found right (`HandOver.checked`); a solver adds to it."""
+        self.highest = -math.inf
+        """The highest finite loss that `Derivative` told its solver; -inf before the first."""
         self._notes = notes
 
     def value(self, x: FloatArray, *, keep_graph: bool = False, probe: bool = False) -> float:

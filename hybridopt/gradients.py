@@ -315,6 +315,8 @@ class Derivative:
             question, for which the budget must have room, and a gradient that is not finite is as a loss that is not:
             an error at the start, a rejected point later. Else the gradient is asked, and paid, when it is wanted,
             and one that is not finite ends the run.
+        finite: a rejected point is told as a loss above the highest so far, not as inf, after which the line searches
+            of L-BFGS-B and TNC go back to where they came from, or to nan, and believe that they have converged.
     """
 
     def __init__(
@@ -326,8 +328,10 @@ class Derivative:
         *,
         finite_start: bool = True,
         together: bool = False,
+        finite: bool = False,
     ) -> None:
         self._ask = ask
+        self._finite = finite
         loss = LossQuantity(ask)
         both = loss.both if together else None
         self._loss = Jacobian(loss, ask, start, mode, step, finite_start=finite_start, both=both)
@@ -362,7 +366,12 @@ class Derivative:
             NonFiniteLoss: at the first point (with `finite_start`); a method that follows gradients cannot begin
                 there.
         """
-        return float(self._loss.fun(x)[0])
+        loss = float(self._loss.fun(x)[0])
+        if math.isfinite(loss):
+            self._ask.highest = max(self._ask.highest, loss)
+        elif self._finite and math.isfinite(self._ask.highest):
+            return self._ask.highest + abs(self._ask.highest) + 1.0
+        return loss
 
     def jac(self, x: FloatArray) -> FloatArray:
         """The gradient at `x`, shape (n,)."""

@@ -196,7 +196,10 @@ class Minimize(BlockingMethod):
             arguments["constraints"] = self.constraints(ask, start)
         with quiet():
             r = minimize(method=self.solver, bounds=bounds, **arguments)
-        return ending(start, r.get("status", 0) in self.converged, r.message, r.fun, r.x)
+        found = ending(start, r.get("status", 0) in self.converged, r.message, r.fun, r.x)
+        if found.loss > ask.highest > -math.inf:  # a rejected point (`Derivative`, `finite`)
+            return found._replace(reason=Reason.STALLED, loss=math.inf)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +214,7 @@ class GradientMinimize(Minimize):
 
     def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
         """See `Minimize.arguments`."""
-        d = Derivative(ask, start, self.gradients, self.eps, together=self.together)
+        d = Derivative(ask, start, self.gradients, self.eps, together=self.together, finite=self.together)
         found = differentiated(d, start, self.eps)
         options = given(self, "eps", "gradients") | found["options"]
         return found | {"x0": start.x0.copy(), "options": options}
