@@ -298,7 +298,7 @@ def minimize(
     todo = read_callbacks(callbacks, "run", "step")
     run = Run(loss, target, method, budget=budget, seed=seed, tracker=tracker, label=label, **objective)
     file = checkpoint_file(checkpoint)
-    with run, _Interrupt() as interrupt:
+    with run, Interrupt() as interrupt:
         if file is not None and file.exists():
             state = load_checkpoint(file)
             if seed is not None and state.get("seed", seed) != seed:
@@ -349,14 +349,14 @@ def save_checkpoint(state: Mapping[str, Any], file: Path) -> None:
     scratch.replace(file)
 
 
-class _Interrupt:
+class Interrupt:
     """The first Ctrl-C is noted, to be acted on between steps; the second raises at once. Main thread only."""
 
     def __init__(self) -> None:
         self.seen = False
         self._previous: Any = None
 
-    def __enter__(self) -> _Interrupt:
+    def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGINT)
             if self._previous is signal.default_int_handler:

@@ -141,7 +141,9 @@ def names() -> list[str]:
 
 
 def full_name(name: str) -> str:
-    """The registered name that `name` stands for; a bare name (`slsqp`) stands for the only one that ends in it.
+    """The registered name that `name` stands for; a bare name (`slsqp`) stands for the one that ends in it.
+
+    Where several do, the one of this distribution.
 
     Raises:
         MethodError: unknown (the nearest names are shown), or several end in it.
@@ -150,8 +152,10 @@ def full_name(name: str) -> str:
     if name in entries:
         return name
     ends = [full for full in entries if full.rpartition(".")[2] == name]
-    if len(ends) == 1:
-        return ends[0]
+    # what somebody installs beside takes no name away
+    own = [full for full in ends if full in BUILTIN]
+    if len(ends) == 1 or len(own) == 1:
+        return (own or ends)[0]
     if ends:
         raise MethodError(f"method: {name!r} could be {' or '.join(sorted(ends))}; write one of them")
     short = {full.rpartition(".")[2]: full for full in entries}

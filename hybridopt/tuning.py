@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridopt.callbacks import read_callbacks
 from hybridopt.errors import HybridoptError, ObjectiveError, StateError
 from hybridopt.forms import as_number
-from hybridopt.harness import Run, checkpoint_file, load_checkpoint, save_checkpoint
+from hybridopt.harness import Interrupt, Run, checkpoint_file, load_checkpoint, save_checkpoint
 from hybridopt.ledger import Ledger
 from hybridopt.objective import Objective
 from hybridopt.optimizer import Answer, FloatArray, Kind, Method, Request
@@ -161,7 +161,8 @@ def tune(
             the method's present step (a generation is trained to its end).
 
     Returns:
-        A `Tuning`: the trials, the best one, a table (`print(tuning)`).
+        A `Tuning`: the trials, the best one, a table (`print(tuning)`). An interrupt (Ctrl-C) ends the search after the
+        method's present step and returns too; a second one raises at once.
 
     Example:
         >>> from hybridopt import tune
@@ -179,7 +180,11 @@ def tune(
     whole = isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1
     if not (whole or isinstance(workers, concurrent.futures.Executor)):
         raise ObjectiveError(f"tune: expected workers >= 1 or an executor, got {workers!r}")
-    with _pool(workers) as pool, Run(objective, None, method, budget=budget, seed=seed) as run:
+    with (
+        _pool(workers) as pool,
+        Run(objective, None, method, budget=budget, seed=seed) as run,
+        Interrupt() as interrupt,
+    ):
         objective.begin(pool, run.seed)
         saved = None
         if file is not None and file.exists():
@@ -206,6 +211,8 @@ def tune(
         while run.step() is not None:
             settled = run.state_dict()
             objective.settle()
+            if interrupt.seen:
+                run.end()
         if file is not None:
             state = objective.state(len(objective.records))
             save_checkpoint({"version": 1, "run": run.state_dict(), **state}, file)

@@ -80,11 +80,15 @@ def test_a_bare_name_stands_for_the_only_one_that_ends_in_it(plugins: Callable[.
     assert registry.full_name("scipy.slsqp") == "scipy.slsqp"
     assert registry.full_name("newton") == "other.newton"
     assert registry.full_name("plain") == "plain"
-    plugins(other__cobyla="hybridopt_scipy:SLSQP")
+    plugins(other__cobyla="hybridopt_scipy:SLSQP", other__slsqp="hybridopt_scipy:COBYLA")
+    assert registry.full_name("cobyla") == "scipy.cobyla", "what is installed beside takes no name away"
+    assert str(method("auto")) == "auto"
+    assert str(method("restart(slsqp)")) == "restart(scipy.slsqp)"
+    plugins(some__newton="hybridopt_scipy:SLSQP", other__newton="hybridopt_scipy:SLSQP")
     with pytest.raises(
-        MethodError, match=r"'cobyla' could be other\.cobyla or scipy\.cobyla; write one of them"
+        MethodError, match=r"'newton' could be other\.newton or some\.newton; write one of them"
     ):
-        registry.full_name("cobyla")
+        registry.full_name("newton")
     # "the bare name is ours once we have our own": a full name wins
     plugins(cobyla="hybridopt_scipy:SLSQP")
     assert method("cobyla") == SLSQP()

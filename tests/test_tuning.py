@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -413,6 +415,24 @@ def test_a_callback_ends_the_search() -> None:
     tuning = tune(bowl, SPACE, "cmaes(popsize=8)", 90, seed=3, callbacks=enough)
     assert len(tuning.trials) == 17  # the start; the second generation is trained to its end
     assert seen == list(range(17))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_ends_the_search_and_keeps_its_trials(workers: int) -> None:
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+
+        def train(config: dict[str, Any], trial: Trial) -> float:
+            if trial.number == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return bowl(config)
+
+        with pytest.warns(UserWarning, match="ending after this step"):
+            tuning = tune(train, SPACE, "random_search(popsize=4)", 90, seed=3, workers=workers)
+    finally:
+        signal.signal(signal.SIGINT, found)
+    assert len(tuning.trials) == 8
+    assert tuning.best is not None
 
 
 # -- a ready space -----------------------------------------------------------------------------------------------
