@@ -33,7 +33,9 @@ class Auto(Method):
     - hyperparameters (`tune`): Bayesian optimisation;
     - whole-numbered weights: CMA-ES with margin, and restarts;
     - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
-      weights Adam;
+      weights Adam. A loss that autograd might have seen through but that counts or rounds is found out by its first
+      differences, half of which are 0 (above 300 weights by its first gradient): then CMA-ES. Above 20 000 weights it is
+      an error that names what to do;
     - a box, with gradients or without: n + 2 evaluations tell whether the loss is a sum of functions of one weight;
       if so, line searches along the coordinates find its minimum. Else a portfolio: SLSQP from the start, then from
       random points, beside CMA-ES with a quadratic model (`lq_cmaes`) and restarts, the turns going to whoever lowers
@@ -97,14 +99,15 @@ def choose(objective: Objective) -> tuple[str, str]:
         return "adam", f"adam, since {n} weights have gradients"
     if gradients and n > DENSE:
         return (
-            f"restart(lbfgsb) until noise > {_of_linear_memory(n)}",
-            "scipy.lbfgsb from perturbed best points, since there may be gradients; with noise cmaes of O(n) memory",
+            f"restart(lbfgsb) until noise | no_gradient > {_of_linear_memory(n)}",
+            "scipy.lbfgsb from perturbed best points, since there may be gradients; without them, and with noise, "
+            "cmaes of O(n) memory",
         )
     if gradients and not boxed:
         return (
-            "restart(slsqp, begin_at=uniform, evaluations=50%) until noise > restart(slsqp) until noise > cmaes",
+            "(restart(slsqp, begin_at=uniform, evaluations=50%) > restart(slsqp)) until noise | flat > cmaes",
             "scipy.slsqp from points about the start, then from perturbed best ones, since there may be gradients; "
-            "with noise cmaes",
+            "with noise, and where the loss has steps, cmaes",
         )
     if n > DENSE:
         return _of_linear_memory(n), f"cmaes of O(n) memory, since {n} weights have no gradients"

@@ -53,6 +53,16 @@ class View(Protocol):
         """
         ...
 
+    @property
+    def gradient_found(self) -> bool | None:
+        """Whether the first gradient by autograd was there, and not exactly 0; None while none was asked for."""
+        ...
+
+    @property
+    def change_found(self) -> bool | None:
+        """Whether the loss changed at most points of the first difference quotient; None while there was none."""
+        ...
+
     def point(self) -> FloatArray:
         """The method's own point, shape (n,), in solver coordinates."""
         ...
@@ -262,6 +272,34 @@ class Noise(Switch):
 
 
 @dataclass(frozen=True)
+class NoGradient(Switch):
+    """Autograd's first gradient is missing or exactly 0: a stage that would go on with differences ends.
+
+    For many weights, where these cost an evaluation each: `lbfgsb until no_gradient > snes`.
+    """
+
+    name = "no_gradient"
+
+    def met(self, view: View, memory: dict[str, Any]) -> bool:
+        """See `Switch.met`."""
+        return view.gradient_found is False
+
+
+@dataclass(frozen=True)
+class Flat(Switch):
+    """At half or more of its points the first difference quotient finds no change: the loss counts, or rounds.
+
+    A stage that follows slopes ends, for one that samples: `slsqp until flat > cmaes`.
+    """
+
+    name = "flat"
+
+    def met(self, view: View, memory: dict[str, Any]) -> bool:
+        """See `Switch.met`."""
+        return view.change_found is False
+
+
+@dataclass(frozen=True)
 class Predicate(Switch):
     """A function of the user's: called with the stage's `View` after each step, ends the stage when it is true.
 
@@ -389,6 +427,8 @@ step_size = StepSize
 predicate = Predicate
 converged = Converged()
 noise = Noise()
+no_gradient = NoGradient()
+flat = Flat()
 
 RULES: dict[str, Any] = {
     **{name: globals()[name] for name in LIMITS},
@@ -398,5 +438,7 @@ RULES: dict[str, Any] = {
     "predicate": Predicate,
     "converged": Converged,
     "noise": Noise,
+    "no_gradient": NoGradient,
+    "flat": Flat,
 }
 """The rules of the text form by name."""

@@ -32,10 +32,10 @@ SIDE_BY_SIDE = "scipy.slsqp from random points and {} side by side"
 @pytest.mark.parametrize(
     "loss, n, bounds, budget, first, why",
     [
-        (gradients, 3, None, 500, "restart(slsqp, begin_at=uniform, evaluations=50%) until noise", "the start"),
+        (gradients, 3, None, 500, "(restart(slsqp, begin_at=uniform, evaluations=50%)", "the start"),
         (gradients, 3, BOX, 500, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
         (gradients, 3, BOX, "9s", "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("cmaes")),
-        (gradients, 400, BOX, 500, "restart(lbfgsb) until noise", "gradients; with noise cmaes of O(n) memory"),
+        (gradients, 400, BOX, 500, "restart(lbfgsb) until noise | no_gradient", "cmaes of O(n) memory"),
         (gradients, 30_000, BOX, 500, "adam", "30000 weights have gradients"),
         (values, 3, BOX, 900, "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
         (values, 3, BOX, "9s", "coordinate_search(separable=true) until noise", SIDE_BY_SIDE.format("lq_cmaes")),
@@ -226,3 +226,31 @@ def test_values_alone() -> None:
 def test_rosenbrock() -> None:
     x = torch.tensor([-1.2, 1.0, 0.3, -0.5, 1.5], dtype=torch.float64)
     assert hybridopt.minimize(rosenbrock, x, "auto", budget="1000fe", seed=0).best_loss < 1e-8
+
+
+INPUTS = torch.randn(300, 4, generator=torch.Generator().manual_seed(3))
+SIDES = (INPUTS[:, 0] * INPUTS[:, 1] > 0).long()
+
+
+def errors(model: torch.nn.Module) -> torch.Tensor:
+    wrong: torch.Tensor = model(INPUTS).argmax(1) != SIDES
+    return wrong.float().mean()
+
+
+@pytest.mark.parametrize(("hidden", "budget"), [(6, 1000), (100, 1500)])
+def test_errors_are_counted_down_without_a_box(hidden: int, budget: int) -> None:
+    """Differences of a loss that counts are nearly all 0; following them all along left 40 % of the errors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 2))
+    result = hybridopt.minimize(errors, model, "auto", budget=budget, seed=0)
+    assert result.stages[-1].method.startswith("cmaes")
+    assert result.stages[0].spent["evaluations"] < 100
+    assert result.best_loss < 0.15
+
+
+def test_a_loss_without_a_graph_that_is_smooth_keeps_its_differences() -> None:
+    x = torch.full((4,), 2.0, dtype=torch.float64)
+    result = hybridopt.minimize(lambda x: (x.detach() ** 2).sum(), x, "auto", budget=200, seed=0)
+    assert len(result.stages) == 1
+    assert result.best_loss < 1e-8

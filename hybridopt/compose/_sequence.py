@@ -30,7 +30,7 @@ from hybridopt.optimizer import (
 )
 from hybridopt.point import Point
 from hybridopt.randomness import derive_seed
-from hybridopt.until import noise
+from hybridopt.until import AnyOf, Switch, flat, no_gradient, noise
 from hybridopt.vector import ParameterVector
 
 
@@ -114,6 +114,9 @@ class SequenceRun:
         self.steps = 0
         self.loss = math.inf
         self.gradient_norm = math.inf
+        self.gradient_found: bool | None = None
+        self.change_found: bool | None = None
+        self._value = math.inf  # the last loss that was no probe, where a rule looks for slopes
         self._memory: dict[str, Any] = {}
 
     def _seed(self, index: int) -> int:
@@ -135,6 +138,7 @@ class SequenceRun:
             )
         request = self._child.ask()
         self._in_place = request.x is None and request.kind is not Kind.VALUE
+        self._asked = request.kind, request.probe
         return request.within(self._scope)
 
     def tell(self, answer: Answer) -> Step | None:
@@ -144,6 +148,8 @@ class SequenceRun:
         rule = self._stage.rule
         if rule is not None and rule.needs_gradient:
             self._note_gradient(answer)
+        if rule is not None and not self._in_place:
+            self._note_slope(answer)
         try:
             step = self._child.tell(answer)
         except NonFiniteLoss as error:
@@ -234,6 +240,15 @@ class SequenceRun:
             norms = torch._foreach_norm(grads) if grads else []
             self.gradient_norm = math.sqrt(sum(float(norm) ** 2 for norm in norms)) if grads else math.inf
 
+    def _note_slope(self, answer: Answer) -> None:
+        kind, probe = self._asked
+        if kind in (Kind.VALUE, Kind.VALUE_AND_GRADIENT) and not probe:
+            self._value = answer.loss
+        if kind in (Kind.GRADIENT, Kind.VALUE_AND_GRADIENT) and self.gradient_found is None and answer.finite:
+            self.gradient_found = answer.gradient is not None and bool(answer.gradient.any())
+        if kind is Kind.POPULATION and probe and self.change_found is None and answer.losses is not None:
+            self.change_found = bool((answer.losses != self._value).mean() > 0.5)
+
     # -- what a switch rule sees (`until.View`) -----------------------------------------------------------------
 
     @property
@@ -283,7 +298,7 @@ class SequenceRun:
         if self._ended:
             return self._notes
         notes = [*self._notes, *(note for note in self._child.notes if note not in self._notes)]
-        if self.method.endless or self._stage.rule == noise:  # what follows is for a loss that has noise
+        if self.method.endless or _for_others(self._stage.rule):
             return notes
         waiting: list[str] = []
         for index in range(self._index + 1, self._index + 2 + self.method.period):
@@ -325,6 +340,7 @@ class SequenceRun:
             "scope": save_scope(self._scope),
             "received": self._received,
             "watched": [self.gradient_norm, copy.deepcopy(self._memory)],
+            "slope": [self.gradient_found, self.change_found, self._value],
             "done": [save_report(report) for report in self._done],
             "notes": list(self._notes),
             "child": self._child.state_dict(),
@@ -347,9 +363,16 @@ class SequenceRun:
         load_scope(self._scope, state["scope"])
         self._received = state["received"]
         self.gradient_norm, self._memory = state["watched"][0], copy.deepcopy(state["watched"][1])
+        self.gradient_found, self.change_found, self._value = state["slope"]
         self._done = [load_report(saved) for saved in state["done"]]
         self._notes = list(state["notes"])
         self._child.load_state_dict(state["child"], exact=exact)
+
+
+def _for_others(rule: Switch | None) -> bool:
+    """Whether what follows a stage is for losses of another kind, so that it need not be missed."""
+    parts = rule.parts if isinstance(rule, AnyOf) else (rule,)
+    return all(part in (noise, flat, no_gradient) for part in parts)
 
 
 def save_scope(scope: Ledger) -> dict[str, Any]:

@@ -419,3 +419,29 @@ def test_a_plateau_waits_for_the_constraints() -> None:
     assert ruled.best_loss == pytest.approx(alone.best_loss, rel=1e-4)
     missed = stages("slsqp until target(1.0) & evaluations(1)", 300, **options)[0]
     assert missed.reason is Reason.CONVERGED  # the start has a lower loss, and breaks the constraint
+
+
+@pytest.mark.parametrize("rule", ["flat", "no_gradient", "noise | flat", "flat & no_gradient"])
+def test_slopes_that_are_not_there(rule: str) -> None:
+    """A count has neither a gradient nor differences; a loss that autograd cannot see has differences; resumed alike."""
+    text = f"slsqp until {rule} > random_search(evaluations=9)"
+    assert str(method(text)) == f"scipy.slsqp until {rule} > random_search(evaluations=9)"
+    smooth: Any = lambda x: (x.detach() ** 2).sum()  # noqa: E731
+    counts: Any = lambda x: (x > 0.3).double().sum()  # noqa: E731
+    seen: Any = lambda x: (x**2).sum()  # noqa: E731
+    for loss, ended in ((counts, True), (smooth, rule == "no_gradient"), (seen, False)):
+        paths = []
+        for cut in (None, 1, 2):
+            x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+            with hybridopt.Run(loss, x, text, budget=60, seed=0) as run:
+                for _ in range(cut or 0):
+                    run.step()
+                state = run.state_dict()
+            x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+            with hybridopt.Run(loss, x, text, budget=60, seed=0) as run:
+                run.load_state_dict(state)
+                list(run)
+            result = run.result()
+            assert (result.stages[0].reason is Reason.SWITCHED) == ended, (loss, cut)
+            paths.append((result.best_loss, result.evaluations, x.tolist()))
+        assert paths[0] == paths[1] == paths[2]
