@@ -195,6 +195,7 @@ def split_methods(text: str) -> list[str]:
         MethodError: there is nothing between two commas.
 
     Example:
+        >>> from hybridopt.cli import split_methods
         >>> split_methods("cmaes(sigma=0.5, popsize=10), dual_annealing(evaluations=500) > slsqp")
         ['cmaes(sigma=0.5, popsize=10)', 'dual_annealing(evaluations=500) > slsqp']
     """

@@ -17,6 +17,7 @@ def code_digest(function: Callable[..., Any]) -> str | None:
     Not covered: what it calls, and data that it reads.
 
     Example:
+        >>> from hybridopt.code import code_digest
         >>> code_digest(lambda x: x + 1) == code_digest(lambda x: x + 1), code_digest(len)
         (True, None)
         >>> code_digest(lambda x: x + 1) == code_digest(lambda x: x + 2)

@@ -88,6 +88,7 @@ def compare(
         BudgetError: the budget cannot be read.
 
     Example:
+        >>> from hybridopt.compare import compare
         >>> tracker = compare("identity", ["slsqp", "cmaes(sigma=0.5)"], budget=137)
         >>> [(r["label"], r["evaluations"], r["reason"]) for r in tracker.results()]
         [('slsqp', 88, 'converged'), ('cmaes(sigma=0.5)', 137, 'evaluations')]
@@ -137,6 +138,7 @@ def entries(
         BudgetError: a budget cannot be read.
 
     Example:
+        >>> from hybridopt.compare import entries
         >>> [entry.label for entry in entries(["slsqp", "adam(lr=.1) > slsqp"])]
         ['slsqp', 'adam(lr=.1) > slsqp']
     """

@@ -38,6 +38,7 @@ class Run:
 
     Example:
         >>> import numpy as np
+        >>> from hybridopt import Run
         >>> with Run(lambda x: float((x**2).sum()), np.ones(2), "cmaes", budget=100, seed=0) as run:
         ...     for step in run:
         ...         if step.loss < 0.1:

@@ -35,6 +35,8 @@ def layer_groups(model: torch.nn.Module, config: Mapping[str, Value], lr: float)
     """Parameter groups for an optimizer from a configuration of `layers(model)`.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.layers import layer_groups, layers
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> space = layers(model, weight_decay=(1e-6, 1e-2))
         >>> groups = layer_groups(model, space.values(space.vector().read()), lr=0.1)

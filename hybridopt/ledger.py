@@ -61,6 +61,7 @@ class Share(float):
     nearest enclosing budget has (so `evaluations=20%` in a run of 1000 forward-equivalents is 200 of those).
 
     Example:
+        >>> from hybridopt import Share
         >>> Share.read("20%"), Share(20).of(137)
         (20%, 27.4)
     """
@@ -105,6 +106,7 @@ class Budget:
         BudgetError: a limit is not positive, or not a number. (`Budget.parse` also refuses what limits nothing.)
 
     Example:
+        >>> from hybridopt import Budget
         >>> Budget.parse("1000fe")
         Budget(forward_equivalents=1000.0)
         >>> Budget.parse(137)

@@ -90,6 +90,7 @@ class Objective:
     Example:
         >>> import numpy as np
         >>> from hybridopt.optimizer import Kind, Request
+        >>> from hybridopt import Objective
         >>> with Objective(lambda x: float((x**2).sum()), np.ones(3), budget=10) as objective:
         ...     objective.answer(Request(Kind.VALUE, np.array([1.0, 2.0, 3.0]))).loss
         14.0
@@ -313,6 +314,7 @@ class Objective:
 
         Example:
             >>> import numpy as np, torch
+            >>> from hybridopt import Objective
             >>> with Objective(lambda x: (x**2).sum(), torch.ones(2)) as objective:
             ...     losses, gradients = objective.values_and_gradients(np.array([[1.0, 2.0], [0.0, 3.0]]))
             >>> losses.tolist(), gradients.tolist()
@@ -347,6 +349,7 @@ class Objective:
 
         Example:
             >>> import torch
+            >>> from hybridopt import Objective
             >>> objective = Objective(lambda x: (x**2).sum(), torch.ones(2))
             >>> torch.func.grad(objective.functional())(torch.tensor([1.0, 3.0]))
             tensor([2., 6.])

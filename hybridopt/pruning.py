@@ -31,6 +31,7 @@ class MedianPruner:
         MethodError: an option is no such number.
 
     Example:
+        >>> from hybridopt.pruning import MedianPruner
         >>> MedianPruner(n_warmup_steps=5)
         MedianPruner(n_startup_trials=4, n_warmup_steps=5)
     """
@@ -75,6 +76,7 @@ class HalvingPruner:
         MethodError: an option is no such number.
 
     Example:
+        >>> from hybridopt.pruning import HalvingPruner
         >>> HalvingPruner(min_resource=3, reduction_factor=3)
         HalvingPruner(n_startup_trials=4, min_resource=3, reduction_factor=3)
     """

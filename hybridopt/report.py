@@ -240,6 +240,7 @@ def shortened(labels: Sequence[str], width: int) -> list[str]:
     """Labels of at most `width` characters, the middle of longer ones left out; different labels stay different.
 
     Example:
+        >>> from hybridopt.report import shortened
         >>> shortened(["cmaes(sigma=0.5)", "cmaes(sigma=0.25)", "pso"], 12)
         ['cmaes(…=0.5)', 'cmaes(…0.25)', 'pso']
         >>> shortened(["split(a, a, cmaes)", "split(a, b, cmaes)"], 12)

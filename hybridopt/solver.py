@@ -51,6 +51,7 @@ class BlockingMethod(Method):
         >>> from dataclasses import dataclass
         >>> import numpy as np, hybridopt
         >>> from scipy.optimize import minimize
+        >>> from hybridopt.solver import BlockingMethod, Ending, Reason
         >>> @dataclass(frozen=True)
         ... class Powell(BlockingMethod):
         ...     name = "powell"

@@ -81,6 +81,7 @@ class Space:
         BoundsError: low >= high, or a logarithm of what is not positive.
 
     Example:
+        >>> from hybridopt import Categorical, Float, Int, Space
         >>> space = Space({
         ...     "lr": Float(1e-5, 1, log=True),
         ...     "width": Int(4, 128),

@@ -50,6 +50,7 @@ def method(spec: str | type | Method, **options: Any) -> Method:
             place is shown).
 
     Example:
+        >>> from hybridopt import method
         >>> method("slsqp", ftol=1e-9) == method("slsqp(ftol=1e-9)")
         True
         >>> str(method("slsqp(evaluations=50) > adam(lr=.1)"))

@@ -165,6 +165,7 @@ def tune(
         method's present step and returns too; a second one raises at once.
 
     Example:
+        >>> import math
         >>> from hybridopt import tune
         >>> from hybridopt.space import Categorical, Float, Space
         >>> space = Space({"lr": Float(1e-4, 1, log=True), "act": Categorical(["relu", "tanh"])})

@@ -68,7 +68,8 @@ class ParameterVector:
             positive although its logarithm is to be searched.
 
     Example:
-        >>> import torch
+        >>> import numpy as np, torch
+        >>> from hybridopt import ParameterVector
         >>> model = torch.nn.Linear(2, 1)
         >>> vector = ParameterVector(model, bounds={"weight": (-1, 1)})
         >>> vector.n, vector.names, vector.slices["bias"]
@@ -201,6 +202,7 @@ class ParameterVector:
 
         Example:
             >>> import torch
+            >>> from hybridopt import ParameterVector
             >>> model = torch.nn.Linear(1, 1)
             >>> vector = ParameterVector(model)
             >>> x = torch.tensor([3.0, 1.0], requires_grad=True)
@@ -233,7 +235,8 @@ class ParameterVector:
         """The named tensors as a vector of their own: they, their bounds, scale and coordinates are these here.
 
         Example:
-            >>> import torch
+            >>> import numpy as np, torch
+            >>> from hybridopt import ParameterVector
             >>> vector = ParameterVector(torch.nn.Linear(2, 1), bounds={"bias": (-1, 1)})
             >>> bias = vector.part(["bias"])
             >>> bias, bias.from_whole(np.array([1.0, 2.0, 3.0])).tolist()

@@ -116,6 +116,7 @@ class TPE(OptunaMethod):
 
     Example:
         >>> import numpy as np, hybridopt
+        >>> from hybridopt_optuna import TPE
         >>> f = lambda x: float(((x - 1) ** 2).sum())
         >>> r = hybridopt.minimize(f, np.zeros(2), TPE(), budget=60, bounds=(-2, 2), seed=1)
         >>> r.best_loss < 0.1
@@ -165,6 +166,7 @@ class OptunaCMAES(OptunaMethod):
 
     Example:
         >>> import numpy as np, hybridopt
+        >>> from hybridopt_optuna import OptunaCMAES
         >>> f = lambda x: float(((x - 1) ** 2).sum())
         >>> r = hybridopt.minimize(f, np.zeros(3), OptunaCMAES(), budget=300, bounds=(-2, 2), seed=1)
         >>> r.best_loss < 1e-3

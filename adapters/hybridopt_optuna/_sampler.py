@@ -67,7 +67,8 @@ class HybridSampler(BaseSampler):
             `space` says.
 
     Example:
-        >>> import optuna
+        >>> import math, optuna
+        >>> from hybridopt_optuna import HybridSampler
         >>> optuna.logging.set_verbosity(optuna.logging.ERROR)
         >>> def train(trial):
         ...     lr = trial.suggest_float("lr", 1e-4, 1, log=True)
@@ -183,6 +184,8 @@ def suggest(trial: Trial, space: Space) -> dict[str, Value]:
 
     Example:
         >>> import optuna
+        >>> from hybridopt import Categorical, Int, Space
+        >>> from hybridopt_optuna import suggest
         >>> optuna.logging.set_verbosity(optuna.logging.ERROR)
         >>> space = Space({"act": Categorical(["relu", "tanh"]), "width": Int(2, 9, when=("act", "tanh"))})
         >>> trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask()

@@ -16,6 +16,7 @@ class TensorList:
 
     Example:
         >>> import torch
+        >>> from hybridopt.engines.foreach import TensorList
         >>> x = TensorList([torch.tensor([1.0]), torch.tensor([2.0, 3.0])])
         >>> (x * 2 + x).tensors
         [tensor([3.]), tensor([6., 9.])]

@@ -46,6 +46,7 @@ class CoordinateSearch(BlockingMethod):
 
     Example:
         >>> import numpy as np, hybridopt
+        >>> from hybridopt.population.line import CoordinateSearch
         >>> def loss(x):                             # 100 local minima in ±5, the lowest is 0 at (1.3, 1.3)
         ...     z = x - 1.3
         ...     return float((z**2 - 10 * np.cos(2 * np.pi * z) + 10).sum())

@@ -48,6 +48,7 @@ def train_digits(config: Mapping[str, Any], trial: Any = None, seed: int = 0, st
         ProblemError: an unknown key or activation, or a depth or width that makes no network.
 
     Example:
+        >>> from hybridopt.problems import train_digits
         >>> train_digits({"depth": 0}) > train_digits({"depth": 1, "width": 64, "lr": 0.3})
         True
     """

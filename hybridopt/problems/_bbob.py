@@ -40,6 +40,8 @@ def bbob(seed: int = 42, *, f: int = 1, d: int = 2, instance: int = 1) -> Proble
         ProblemError: there is no such function, dimension or instance.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import bbob
         >>> problem = bbob(f=8, d=5, instance=3)
         >>> problem.loss(torch.zeros(2, 5, dtype=torch.float64))
         tensor([14584.5304, 14584.5304], dtype=torch.float64)
@@ -71,6 +73,7 @@ def bbob_names(
     """The names of many BBOB problems, as `problems.get` takes them, dimension by dimension.
 
     Example:
+        >>> from hybridopt.problems import bbob_names
         >>> bbob_names([8], [2, 5], [1])
         ['bbob(f=8, d=2, instance=1)', 'bbob(f=8, d=5, instance=1)']
         >>> len(bbob_names())

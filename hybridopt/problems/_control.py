@@ -29,6 +29,8 @@ def cartpole(seed: int = 42) -> Problem:
         seed: of the policy at the start, normal with deviation 0.1, and of the simulated starts, uniform ±0.05.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import cartpole
         >>> problem = cartpole()
         >>> problem.loss(torch.tensor([0.1, 0.4, 1.0, 0.8], dtype=torch.float64)).item()
         0.0
@@ -59,6 +61,8 @@ def acrobot(seed: int = 42) -> Problem:
         seed: of the policy at the start, normal with deviation 0.1, and of the simulated starts, uniform ±0.1.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import acrobot
         >>> problem = acrobot()
         >>> problem.loss(torch.tensor([0.0, 0, 0, 0, 0.5, 1], dtype=torch.float64)).item() < 0.5
         True

@@ -31,6 +31,8 @@ def fairness(seed: int = 42) -> Problem:
         ProblemError: scikit-learn is not installed.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import fairness
         >>> problem = fairness()
         >>> problem.constraints.function(torch.zeros(11, dtype=torch.float64)).item(), problem.constraints.upper
         (0.0, 0.05)
@@ -74,6 +76,7 @@ def gaussian_process(seed: int = 42) -> Problem:
         ProblemError: scikit-learn is not installed.
 
     Example:
+        >>> from hybridopt.problems import gaussian_process
         >>> problem = gaussian_process()
         >>> problem.best_known < problem.loss(problem.target).item() < 3
         True

@@ -36,6 +36,7 @@ def rounding_gate(seed: int = 42) -> Problem:
         seed: of both networks' other weights and of the points.
 
     Example:
+        >>> from hybridopt.problems._gate import rounding_gate
         >>> problem = rounding_gate()
         >>> problem.target.threshold.item() < 0, problem.loss(problem.target).item() > 1
         (True, True)

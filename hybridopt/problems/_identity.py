@@ -24,6 +24,7 @@ def identity(seed: int = SEED) -> Problem:
             a comparison vary the method's random numbers and nothing else.
 
     Example:
+        >>> from hybridopt.problems import identity
         >>> problem = identity()
         >>> round(problem.loss(problem.target).item(), 6)
         307090.483493

@@ -31,6 +31,8 @@ def lennard_jones(seed: int = 42, *, atoms: int = 13) -> Problem:
         ProblemError: fewer than two atoms.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import lennard_jones
         >>> problem = lennard_jones(atoms=2)
         >>> round(problem.loss(torch.tensor([0, 0, 0, 2 ** (1 / 6), 0, 0], dtype=torch.float64)).item(), 12)
         -1.0

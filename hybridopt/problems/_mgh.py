@@ -43,6 +43,7 @@ def mgh(seed: int = 42, *, number: int = 1) -> Problem:
         ProblemError: there is no such number.
 
     Example:
+        >>> from hybridopt.problems import mgh
         >>> problem = mgh(number=2)
         >>> problem.description
         'freudenstein_roth: 2 weights, 2 residuals (Moré, Garbow, Hillstrom 2)'

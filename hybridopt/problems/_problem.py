@@ -39,6 +39,7 @@ class Problem:
 
     Example:
         >>> import numpy as np
+        >>> from hybridopt.problems import Problem
         >>> Problem("bowl", lambda x: float((x**2).sum()), np.ones(2), bounds=(-2, 2))
         Problem('bowl')
     """

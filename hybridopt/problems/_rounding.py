@@ -46,6 +46,8 @@ def quantisation(seed: int = 42, *, bits: int = 3) -> Problem:
         ProblemError: other bits, or scikit-learn is not installed.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import quantisation
         >>> problem = quantisation(seed=0, bits=2)
         >>> problem.target, problem.score(problem.target)
         (tensor([0., 0., 0.]), 0.0)
@@ -89,6 +91,8 @@ def pruning(seed: int = 42) -> Problem:
         ProblemError: scikit-learn is not installed.
 
     Example:
+        >>> import torch
+        >>> from hybridopt.problems import pruning
         >>> problem = pruning(seed=0)
         >>> bool(problem.loss(problem.target) < problem.loss(torch.zeros(32)))
         True

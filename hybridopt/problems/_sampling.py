@@ -23,6 +23,7 @@ def sampling(seed: int = 42) -> Problem:
         seed: of the secret word; the start is all zeros.
 
     Example:
+        >>> from hybridopt.problems import sampling
         >>> problem = sampling(seed=0)
         >>> round(problem.score(problem.target), 12)
         -0.8

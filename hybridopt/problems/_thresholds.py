@@ -26,6 +26,7 @@ def thresholds(seed: int = 42) -> Problem:
         ProblemError: scikit-learn is not installed.
 
     Example:
+        >>> from hybridopt.problems import thresholds
         >>> problem = thresholds(seed=0)
         >>> problem.best_known < problem.loss(problem.target).item() < 0.2
         True
