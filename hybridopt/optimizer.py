@@ -178,7 +178,16 @@ class HandOver(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StageReport:
-    """What one stage did: spent counters, its own best loss, and why it ended (None: it was still at work)."""
+    """What one stage did.
+
+    Attributes:
+        method: as text.
+        reason: why it ended; None = it was still at work.
+        message: the method's own words, or what ended it; may be empty.
+        best_loss: the lowest loss that it evaluated.
+        spent: evaluations, forward, backward, forward_equivalents and seconds.
+        received: what it was handed by its predecessor (`HandOver` as text); empty for a first stage.
+    """
 
     method: str
     reason: Reason | None
@@ -186,7 +195,6 @@ class StageReport:
     best_loss: float
     spent: Mapping[str, Any]
     received: str = ""
-    """What it was handed by its predecessor (`HandOver` as text); empty for a first stage."""
 
 
 @runtime_checkable

@@ -22,41 +22,51 @@ class Result:
 
     Printed it is one line, with what the best point breaks of the constraints and the kept point's score where there
     are such: `slsqp: best loss 2 (own 2.5) in 90 evaluations, ...`. *Own* is `loss`, at the point the method returns.
+
+    Attributes:
+        method: as text; `hybridopt.method` reads it back.
+        seed: the one given, or the one that was drawn.
+        params: the kept weights by name, copies in their own dtype and device; the model holds the same.
+        loss: at the point that the method itself returns (never a difference probe). In-place torch methods: the last
+            loss, evaluated just before the last update.
+        best_loss: the lowest loss evaluated, probes included; inf if none was finite.
+        best_evaluation: number of the evaluation that had it, from 1; 0 if none.
+        reason: what ended the run.
+        message: the method's own words, or the sentence of the reason.
+        evaluations: of the loss; difference probes, checks and scores count.
+        forward, backward: how many of each were computed.
+        forward_equivalents: what they cost; a forward counts 1, a backward 2 (`backward_cost` of `Objective`).
+        seconds: by the clock, since the first evaluation was asked for; those of resumed runs are added.
+        nonfinite: evaluations whose loss was nan or inf.
+        stochastic: whether the loss was seen to draw random numbers: `params` is then where the method stood at the
+            end.
+        steps: that the run took, of one point or one generation each.
+        score: of the kept weights, by the function that chose them (`Objective`); None = none did.
+        violation: by how much the best point breaks the constraints; 0 = it keeps them all, within their tolerance.
+        stages: of a composition: what each of its stages or members did; empty for a single method.
+        notes: what the user should know: a refused gradient, a restart.
     """
 
     method: str
-    """The method as text; `hybridopt.method` reads it back."""
     seed: int
     params: Mapping[str, Tensor] = field(repr=False)
-    """The kept weights by name, copies in their own dtype and device; the model holds the same."""
     loss: float
-    """At the point that the method itself returns (never a difference probe). In-place torch methods: the last
-    loss, evaluated just before the last update."""
     best_loss: float
-    """The lowest loss evaluated, probes included; inf if none was finite."""
     best_evaluation: int
-    """Number of the evaluation that had it, from 1; 0 if none."""
     reason: Reason
     message: str
-    """The method's own words, or the sentence of the reason."""
     evaluations: int
     forward: int
     backward: int
     forward_equivalents: float
     seconds: float
     nonfinite: int
-    """Evaluations whose loss was nan or inf."""
     stochastic: bool
-    """Whether the loss was seen to draw random numbers: `params` is then where the method stood at the end."""
     steps: int
     score: float | None = None
-    """Of the kept weights, by the function that chose them (`Objective`); None = none did."""
     violation: float = 0.0
-    """By how much the best point breaks the constraints; 0 = it keeps them all, within their tolerance."""
     stages: tuple[StageReport, ...] = ()
-    """A chain's stages; empty for a single method."""
     notes: tuple[str, ...] = ()
-    """What the user should know: a refused gradient, a restart."""
 
     @property
     def x(self) -> FloatArray:

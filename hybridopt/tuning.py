@@ -38,15 +38,20 @@ class TrialPruned(HybridoptError):
 
 @dataclass(frozen=True)
 class Trial:
-    """What a training run is told of itself; plain data, so that it can be sent to another process."""
+    """What a training run is told of itself; plain data, so that it can be sent to another process.
+
+    Attributes:
+        number: from 0, in the order of asking.
+        seed: for the training's own random numbers: a pure function of the study's seed and the trial's number.
+        early: what may give the trial up, see `tune`; None = nothing.
+        earlier: intermediate losses by step of the trials that had ended when this one's generation was asked for.
+        reports: its own intermediate losses by step, so far.
+    """
 
     number: int
-    """From 0, in the order of asking."""
     seed: int
-    """For the training's own random numbers: a pure function of the study's seed and the trial's number."""
     early: Pruner | None = None
     earlier: tuple[dict[int, float], ...] = ()
-    """Intermediate losses by step of the trials that had ended when this one's generation was asked for."""
     reports: dict[int, float] = field(default_factory=dict)
 
     def report(self, step: int, loss: float) -> None:
@@ -69,28 +74,40 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as it ended."""
+    """One trial as it ended.
+
+    Attributes:
+        number: from 0, in the order of asking.
+        config: the values that it was trained with, by name.
+        loss: what `train` returned; of a pruned trial the last loss reported; nan of a failed one.
+        state: "complete", "pruned" (given up early) or "failed" (it raised an exception).
+        seconds: that the training took.
+        reports: intermediate losses by step.
+        error: of a failed trial: its traceback.
+        cause: of a failed trial: the exception's type and message, in one line.
+    """
 
     number: int
     config: Config
     loss: float
-    """What `train` returned; of a pruned trial the last loss reported; nan of a failed one."""
     state: Literal["complete", "pruned", "failed"]
     seconds: float
     reports: dict[int, float]
     error: str = ""
-    """Of a failed trial: its traceback."""
     cause: str = ""
-    """Of a failed trial: the exception's type and message, in one line."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """What `tune` returns."""
+    """What `tune` returns.
+
+    Attributes:
+        trials: in the order of asking.
+        result: of the method that searched; `evaluations` are trials.
+    """
 
     trials: tuple[TrialRecord, ...]
     result: Result
-    """Of the method that searched; `evaluations` are trials."""
 
     @property
     def best(self) -> TrialRecord:
