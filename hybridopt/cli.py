@@ -23,6 +23,7 @@ from hybridopt import compare as comparing
 from hybridopt.errors import HybridoptError, MethodError, PluginError, nearest
 from hybridopt.harness import Run
 from hybridopt.ledger import Budget, Reason
+from hybridopt.machine import missing
 from hybridopt.optimizer import Method, Need, Step
 from hybridopt.problems import builder, names
 from hybridopt.text import print_value
@@ -101,8 +102,8 @@ def main(context: click.Context) -> None:
     default="identity",
     show_default=True,
     metavar="P",
-    help=f"{', '.join(names())}, or file.py:function; the function takes seed or nothing and returns a Problem or "
-    "(loss, target).",
+    help=f"{', '.join(names())}, with options as in 'bbob(f=8, d=5)'; or file.py:function, which takes seed or "
+    "nothing and returns a Problem or (loss, target).",
 )
 @click.option(
     "--methods",
@@ -288,6 +289,8 @@ def _progress(total: int) -> Iterator[_Display]:
 def methods(name: str | None) -> None:
     """List the installed methods, what each must have (needs) and what it takes when it is there (uses).
 
+    A package among the needs is not installed.
+
     With the NAME of a method or composition: its options, their defaults, and what they mean.
     """
     if name is not None:
@@ -304,7 +307,8 @@ def methods(name: str | None) -> None:
             broken.append(str(error))
             continue
         method = kind if isinstance(kind, type) and issubclass(kind, Method) else Method
-        made.add_row(name, _words(method.needs), _words(method.uses), _summary(kind))
+        needs = [*_words(method.needs), *(f"package {p}" for p in missing(*getattr(kind, "libraries", ())))]
+        made.add_row(name, _listed(needs), _listed(_words(method.uses)), _summary(kind))
     for name in registry.COMPOSED:
         made.add_row(f"{name}(...)", "as inside", "as inside", _summary(registry.composition(name)))
     width = Console().width if sys.stdout.isatty() else None
@@ -326,8 +330,12 @@ def _description(name: str) -> str:
     return f"{name}({', '.join(options)})\n\n{inspect.getdoc(optimizer)}"
 
 
-def _words(needs: frozenset[Need]) -> str:
-    return ", ".join(sorted(need.value for need in needs)) or "-"
+def _words(needs: frozenset[Need]) -> list[str]:
+    return sorted(need.value for need in needs)
+
+
+def _listed(words: list[str]) -> str:
+    return ", ".join(words) or "-"
 
 
 def _summary(kind: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +40,18 @@ def fingerprint(*libraries: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[library] = "unknown"
     return found
+
+
+def missing(*libraries: str) -> list[str]:
+    """Those that are not installed, neither as a distribution nor as a module of that name."""
+    gone = []
+    for library in libraries:
+        try:
+            version(library)
+        except PackageNotFoundError:
+            if importlib.util.find_spec(library.partition(".")[0]) is None:
+                gone.append(library)
+    return gone
 
 
 def differences(saved: dict[str, str], now: dict[str, str]) -> str:

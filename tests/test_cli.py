@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 import hybridopt
 from hybridopt import cli, registry
+from hybridopt_optuna import TPE
 
 KEYS = ["method", "seed", "loss", "best_loss", "evaluations", "forward", "backward", "forward_equivalents",
         "seconds", "reason"]  # fmt: skip
@@ -280,6 +281,7 @@ def test_version_and_help() -> None:
         "--plot",
         "--threads",
         "digits",
+        "bbob(f=8, d=5)",
     ):
         assert option in shown
 
@@ -292,6 +294,13 @@ def test_methods_lists_what_each_needs() -> None:
     assert rows["torch.adam"].split()[1:3] == ["gradient", "bounds"]
     assert "quasi-Newton" in rows["scipy.slsqp"]
     assert result.stderr == ""
+
+
+def test_methods_says_which_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TPE, "libraries", ("optuna", "no_such_package_here"))
+    rows = {line.split()[0]: line for line in run("methods").stdout.splitlines()}
+    assert "bounds, package no_such_package_here  " in rows["optuna.tpe"]
+    assert [name for name, row in rows.items() if "package no_such_package_here" in row] == ["optuna.tpe"]
 
 
 def test_methods_lists_compositions_too() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from hybridopt import machine
 from hybridopt.errors import MemoryLimit
-from hybridopt.machine import available_memory, differences, fingerprint, require_memory
+from hybridopt.machine import available_memory, differences, fingerprint, missing, require_memory
 
 
 def test_a_fingerprint_names_what_a_replay_depends_on() -> None:
@@ -64,6 +64,14 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert available_memory() == 2_200_000
     (old / "memory.limit_in_bytes").write_text("500000\n")
     assert available_memory() == 0, "already above"
+
+
+def test_a_package_is_missing_if_there_is_neither_a_distribution_nor_a_module() -> None:
+    assert missing() == []
+    assert missing("numpy", "no-such-library", "hybridopt", "no.such.library") == [
+        "no-such-library",
+        "no.such.library",
+    ], "the module hybridopt is of another distribution"
 
 
 def test_the_limit_of_the_address_space_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
