@@ -37,7 +37,7 @@ class OptunaMethod(BlockingMethod):
     holds the losses; the sampler is revived by proposing its points again.
 
     Args:
-        batch: points asked for before any of them is told; losses of batches can be evaluated together.
+        batch: points asked for before any of them is told, so that their losses can be evaluated together.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BOUNDS})
@@ -102,7 +102,7 @@ class OptunaMethod(BlockingMethod):
 class TPE(OptunaMethod):
     """Samples where good points are denser than bad ones (Bergstra et al. 2011), `optuna.samplers.TPESampler`.
 
-    For few evaluations of dear losses, whole numbers among the weights included. The time a point takes grows with
+    For few evaluations of expensive losses, whole numbers among the weights included. The time a point takes grows with
     the points known; with hundreds of evaluations CMA-ES finds more. Saved states
     take as long to revive as they took to make.
 
@@ -110,6 +110,7 @@ class TPE(OptunaMethod):
         startup: random points before the densities are fitted.
         multivariate: fit the weights' densities together, not each on its own; None = as Optuna decides.
         candidates: points drawn from the density of good ones, of which the most promising is tried.
+        batch: points asked for before any of them is told, so that their losses can be evaluated together.
 
     Raises:
         BoundsError: a weight has no finite bounds.
@@ -159,6 +160,7 @@ class OptunaCMAES(OptunaMethod):
         popsize: points a generation; None = 4 + 3 ln n.
         margin: keep every whole number in reach (CMA-ES with margin, Hamano et al. 2022).
         separable: learn variances only.
+        batch: points asked for before any of them is told, so that their losses can be evaluated together.
 
     Raises:
         BoundsError: a weight has no finite bounds.

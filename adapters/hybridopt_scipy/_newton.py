@@ -129,9 +129,15 @@ class TrustKrylov(TrustRegion):
     """As `TrustNCG`, with the steps of GLTR (Gould et al. 1999), better on losses that are not convex.
 
     Args:
+        initial_trust_radius, max_trust_radius: longest first step, longest step at all.
+        eta: a step is taken if it lowers the loss by more than this share of what was predicted.
+        gtol: converged when the gradient's norm is below this.
+        maxiter: iterations; None = 200 n.
+        gradients: see `NewtonCG`.
         inexact: whether steps are solved only as exactly as the gradient is small.
 
-    Others as in `TrustNCG`.
+    Raises:
+        MissingGradient: autograd cannot differentiate the loss twice.
 
     Example:
         >>> import torch, hybridopt
@@ -152,12 +158,18 @@ class TrustExact(TrustRegion):
     """Newton steps by factorising the Hessian (Conn, Gould and Toint 2000), for up to some hundred weights.
 
     The fewest iterations of all, convex or not; each costs a whole Hessian, and 8 n² bytes of the record from which
-    a run can go on. Arguments as in `TrustNCG`.
+    a run can go on.
 
     Args:
+        initial_trust_radius, max_trust_radius: longest first step, longest step at all.
+        eta: a step is taken if it lowers the loss by more than this share of what was predicted.
+        gtol: converged when the gradient's norm is below this.
+        maxiter: iterations; None = 200 n.
+        gradients: see `NewtonCG`.
         subproblem_maxiter: factorisations a step; None = as many as it takes.
 
     Raises:
+        MissingGradient: autograd cannot differentiate the loss twice.
         MemoryLimit: its n × n matrices do not fit.
 
     Example:
@@ -182,9 +194,17 @@ class TrustExact(TrustRegion):
 class Dogleg(TrustRegion):
     """Powell's dogleg (1970), between steepest descent and Newton's step, for convex losses of some hundred weights.
 
-    It ends where the Hessian is not positive definite; `TrustExact` does not. Arguments as in `TrustNCG`.
+    It ends where the Hessian is not positive definite; `TrustExact` does not.
+
+    Args:
+        initial_trust_radius, max_trust_radius: longest first step, longest step at all.
+        eta: a step is taken if it lowers the loss by more than this share of what was predicted.
+        gtol: converged when the gradient's norm is below this.
+        maxiter: iterations; None = 200 n.
+        gradients: see `NewtonCG`.
 
     Raises:
+        MissingGradient: autograd cannot differentiate the loss twice.
         MemoryLimit: its n × n matrices do not fit.
 
     Example:

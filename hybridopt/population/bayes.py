@@ -33,8 +33,8 @@ SAME = 1e-9  # distance, in units of the box, up to which a point is a known one
 class BayesianOptimization(PopulationMethod):
     """Fits a Gaussian process to the losses so far and evaluates where it expects the largest improvement.
 
-    The first choice for dear losses of up to about 20 coordinates in a box, whole numbers and choices among them - the
-    hyperparameters of a training, a simulation - and budgets of some ten to some hundred evaluations: what `tune` does.
+    The first choice for expensive losses of up to about 20 coordinates in a box, whole numbers and choices among them
+    (the hyperparameters of a training, a simulation) and budgets of ten to some hundred evaluations: what `tune` does.
     Of numbers alone a smooth loss needs fewer evaluations with `auto`: in 20 a weight it reaches .32 of the targets of
     the BBOB functions of 2 and 5 weights, `lq_cmaes` .22, this one .22 (`benchmarks/answer_quality.py`). A step takes
     0.02 s with 50 points and 0.1 s with 400: k³ operations for k points, of which the model keeps the 200 lowest and

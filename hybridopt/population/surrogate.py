@@ -35,7 +35,7 @@ LARGEST = 700  # coefficients of a model, at most
 class LQCMAES(PopulationMethod):
     """CMA-ES with a global surrogate: lq-CMA-ES (Hansen, GECCO 2019).
 
-    For losses that are dear: with values alone, some ten to some hundred evaluations a weight. Where the loss is nearly
+    For expensive losses: with values alone, some ten to some hundred evaluations a weight. Where the loss is nearly
     quadratic it needs 3 to 10 times fewer evaluations than CMA-ES, elsewhere about as many. A model is fitted to the
     latest points by weighted least squares, linear first, then with squares, then fully quadratic as soon as there are
     1.1 points a coefficient. Of each generation the points that the model likes best are evaluated, and the model is
