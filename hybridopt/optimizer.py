@@ -296,6 +296,7 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
+    """If it is registered, the registered name: text and saved states name the method by it."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     uses: ClassVar[frozenset[Need]] = frozenset()
     takes: ClassVar[frozenset[str]] = frozenset()

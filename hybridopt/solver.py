@@ -53,12 +53,12 @@ class BlockingMethod(Method):
         >>> from scipy.optimize import minimize
         >>> from hybridopt.solver import BlockingMethod, Ending, Reason
         >>> @dataclass(frozen=True)
-        ... class Powell(BlockingMethod):
-        ...     name = "powell"
+        ... class MyPowell(BlockingMethod):
+        ...     name = "mine.my_powell"
         ...     def solve(self, ask, start):
         ...         r = minimize(ask.value, start.x0, method="powell")
         ...         return Ending(Reason.CONVERGED if r.success else Reason.STALLED, r.message, r.fun, r.x)
-        >>> result = hybridopt.minimize(lambda x: float(((x - 3) ** 2).sum()), np.zeros(2), Powell(), budget=500)
+        >>> result = hybridopt.minimize(lambda x: float(((x - 3) ** 2).sum()), np.zeros(2), MyPowell(), budget=500)
         >>> result.x.round(6).tolist()
         [3.0, 3.0]
     """
