@@ -64,6 +64,7 @@ _SILENT = (
     "signals_filename",
     "eval_final_mean",
 )  # its printing, files, and what only its own loop reads
+_LEAST = 0.2  # the standard deviation that pycma keeps for whole numbers
 _FAILED = {
     "tolflatfitness",
     "tolfacupx",
@@ -208,6 +209,7 @@ class CMAES(BlockingMethod):
         random = np.random.RandomState(start.seed)
         sigma, stds = self._spread(start)
         options = self._options(start, random, stds)
+        floor = _LEAST if start.n == 1 and options.get("integer_variables") else 0.0
         schedule = _Schedule(self, start, sigma, random)
         draws = self._draws(start)
         best_loss, best_x, spent = math.inf, start.x0, 0
@@ -215,6 +217,7 @@ class CMAES(BlockingMethod):
             low, high = math.inf, -math.inf  # of this run's losses
             with draws:
                 es = self._begin(schedule.x0, schedule.sigma, options | schedule.changes)
+                _keep(es, floor)
                 if schedule.runs == 0 and start.points is not None:
                     self._inject(es, start.points[: es.popsize // 2])
             while not es.stop():
@@ -227,6 +230,7 @@ class CMAES(BlockingMethod):
                     low, high = min(low, float(finite.min())), max(high, float(finite.max()))
                     with draws:
                         _tell(es, population, losses)
+                    _keep(es, floor)
             stopped = sorted(es.stop())
             if es.best.f is not None and es.best.f < best_loss:
                 best_loss, best_x = float(es.best.f), np.clip(es.best.x, start.lower, start.upper)
@@ -296,6 +300,8 @@ class CMAES(BlockingMethod):
         if start.integer is not None:
             whole = start.integer if start.log is None else start.integer & ~start.log
             options["integer_variables"] = np.flatnonzero(whole).tolist()
+            if start.n == 1 and whole.any():  # as above; negative = pycma leaves it to us
+                options["minstd"] = -1.0
         return options
 
     def _spread(self, start: Start) -> tuple[float, FloatArray | None]:
@@ -384,6 +390,12 @@ class _Schedule:
 
 def _sides(values: FloatArray) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values.tolist()]
+
+
+def _keep(es: Any, floor: float) -> None:
+    """Keep the standard deviation of a single weight from falling below `floor`; nothing is done where that is 0."""
+    if floor > 0:
+        es.sigma *= max(1.0, floor / float(es.stds[0]))
 
 
 def _tell(es: Any, population: FloatArray, losses: FloatArray) -> None:

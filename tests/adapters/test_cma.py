@@ -354,6 +354,23 @@ def test_whole_numbers() -> None:
     assert result.best_loss < 1e-8
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 3.0])
+@pytest.mark.parametrize("bounds", [None, (-5, 5)])
+def test_a_single_whole_number(bounds: Any, sigma: float) -> None:
+    """pycma 4.5 bails where it would keep the only standard deviation from vanishing."""
+    x = torch.zeros(1, dtype=torch.float64)
+    result = hybridopt.minimize(
+        lambda x: ((x - 3) ** 2).sum(),
+        x,
+        hybridopt_cma.CMAES(sigma=sigma),
+        budget=300,
+        bounds=bounds,
+        integer=True,
+        seed=0,
+    )
+    assert result.x.tolist() == [3.0] or (sigma == 0.01 and result.message.startswith("flat"))
+
+
 @pytest.mark.parametrize("bounds", [None, (-5.0, 5.0)])
 def test_points_handed_over_are_in_the_first_generation(bounds: Any) -> None:
     x = torch.zeros(2, dtype=torch.float64)
