@@ -26,7 +26,8 @@ class DualAnnealing(BlockingMethod):
         maxiter: global iterations of 2n annealing moves each.
         initial_temp: higher = wider jumps for longer, in (0.01, 5e4].
         restart_temp_ratio: re-anneal when the temperature falls below this share of the initial one, in (0, 1).
-        visit: shape of the jump distribution, in (1, 3]; higher = heavier tails.
+        visit: shape of the jump distribution, in [1.01, 2.99]; higher = heavier tails. (SciPy takes (1, 3], but its
+            jumps are nan near the ends.)
         accept: acceptance parameter, in (-1e4, -5]; lower = fewer uphill moves.
         local_search: whether to run L-BFGS-B at all.
         gradients: for the local search, see `hybridopt.gradients.Derivative`.
@@ -51,7 +52,7 @@ class DualAnnealing(BlockingMethod):
     maxiter: Count = 1000
     initial_temp: Annotated[float, Range("in (0.01, 5e4]", lambda v: 0.01 < v <= 5e4)] = 5230.0
     restart_temp_ratio: Share = 2e-5
-    visit: Annotated[float, Range("in (1, 3]", lambda v: 1 < v <= 3)] = 2.62
+    visit: Annotated[float, Range("in [1.01, 2.99]", lambda v: 1.01 <= v <= 2.99)] = 2.62
     accept: Annotated[float, Range("in (-1e4, -5]", lambda v: -1e4 < v <= -5)] = -5.0
     local_search: bool = True
     gradients: GradientMode = "auto"

@@ -223,7 +223,8 @@ def test_annealing_needs_a_box() -> None:
         ({"maxiter": 0}, "maxiter >= 1, got 0"),
         ({"initial_temp": 0.0}, "initial_temp in (0.01, 5e4], got 0.0"),
         ({"restart_temp_ratio": 1.0}, "restart_temp_ratio in (0, 1), got 1.0"),
-        ({"visit": 1.0}, "visit in (1, 3], got 1.0"),
+        ({"visit": 1.0001}, "visit in [1.01, 2.99], got 1.0001"),
+        ({"visit": 3.0}, "visit in [1.01, 2.99], got 3.0"),
         ({"accept": -4.0}, "accept in (-1e4, -5], got -4.0"),
     ],
 )
@@ -231,6 +232,13 @@ def test_annealing_wrong_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(MethodError) as caught:
         method("dual_annealing", **options)
     assert str(caught.value) == f"scipy.dual_annealing: expected {text}"
+
+
+@pytest.mark.parametrize("visit", [1.01, 2.99])
+def test_annealing_jumps_to_points_at_the_ends_of_visit(visit: float) -> None:
+    points, _ = ours(f"dual_annealing(local_search=False, visit={visit})", *STARTS["boxed"], budget=200)
+    assert len({tuple(x) for x in points}) > 100
+    assert np.isfinite(points).all()
 
 
 # -- both --------------------------------------------------------------------------------------------------------
