@@ -42,7 +42,7 @@ class LeastSquares(BlockingMethod):
         xtol: ... or is shorter than this share of the weights ...
         gtol: ... or no component of the gradient is larger.
         x_scale: typical size of every weight, or "jac" (by the Jacobian's columns); None = 1, for lm "jac".
-        tr_solver: of trf and dogbox, "exact" (singular values) or "lsmr" (for many weights); None = exact.
+        tr_solver: of trf and dogbox, "exact" (singular values) or "lsmr" (for many weights; for one, trf is exact); None = exact.
         max_nfev: evaluations; None = 100 n.
         gradients: for the Jacobian, see `hybridopt.gradients.Derivative`.
 
@@ -119,6 +119,8 @@ class LeastSquares(BlockingMethod):
                 f'{self.label}: method="lm" expected at least as many residuals as weights, got {m} and {n}; use "trf"'
             )
         options = given(self, "method", "gradients")
+        if n == 1 and method == "trf":  # it looks for lsmr's step in a plane, and one weight spans none
+            options.pop("tr_solver", None)
         if quantity.mode != "none":
             options["jac"] = quantity.jac
         elif narrow(start):  # SciPy's own step would change nothing in weights narrower than float64
@@ -133,7 +135,14 @@ class LeastSquares(BlockingMethod):
                 return np.where(np.isfinite(r), r, _FAR)
 
         with quiet():
-            r = least_squares(fun, start.x0.copy(), method=method, **options)
+            try:
+                r = least_squares(fun, start.x0.copy(), method=method, **options)
+            except ValueError as error:  # of SciPy's algebra, where its own differences met inf
+                algebra = isinstance(error, np.linalg.LinAlgError) or "infs or NaNs" in str(error)
+                if not algebra or quantity.mode != "none":
+                    raise
+                text = f"SciPy's differences: residuals that are not finite near the point ({error})"
+                return ending(start, False, text, residuals.loss, residuals.best)
         return ending(start, r.status > 0, r.message, r.cost, r.x)
 
 
@@ -144,9 +153,15 @@ class _Last:
         self._ask = ask
         self._x: npt.NDArray[np.float64] | None = None
         self._r: npt.NDArray[np.float64] = np.empty(0)
+        self.best: npt.NDArray[np.float64] | None = None
+        """Where the loss was lowest."""
+        self.loss = np.inf
 
     def __call__(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         if self._x is None or not np.array_equal(self._x, x):
             self._r = self._ask(x)
             self._x = np.array(x)
+            loss = 0.5 * float(self._r @ self._r)
+            if loss < self.loss:
+                self.best, self.loss = self._x, loss
         return self._r.copy()

@@ -11,6 +11,7 @@ import scipy.optimize
 import torch
 
 import hybridopt
+from hybridopt import Reason
 from hybridopt.errors import MemoryLimit, MethodError, NonFiniteLoss, ObjectiveError, StateError
 from hybridopt.testing import OptimizerContract
 from hybridopt_scipy import LeastSquares
@@ -207,6 +208,41 @@ def test_residuals_without_a_forward_derivative_fall_back() -> None:
     assert any("a backward a residual" in note for note in result.notes)
     assert result.backward > 0
     assert result.best_loss == pytest.approx(scipys(method="lm").cost, rel=1e-9)
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_lsmr_of_a_single_weight(start: int) -> None:
+    a = torch.randn(6, 1, generator=torch.Generator().manual_seed(start), dtype=torch.float64)
+    y = 0.7 * a[:, 0] + 0.1
+    x = torch.randn(1, generator=torch.Generator().manual_seed(start + 99), dtype=torch.float64)
+    result = {
+        solver: hybridopt.minimize(
+            lambda x: torch.exp(a @ x - y) - 1,
+            x.clone(),
+            LeastSquares(method="trf", tr_solver=solver),
+            budget=200,
+            residuals="cauchy",
+        ).best_loss
+        for solver in ("exact", "lsmr")
+    }
+    assert result["lsmr"] == result["exact"]
+
+
+@pytest.mark.parametrize("solver", ["trf", "dogbox"])
+def test_scipys_differences_beside_residuals_that_are_nan(solver: Any) -> None:
+    x = torch.ones(2, dtype=torch.float64)  # at the edge of what the root takes
+    with pytest.warns(RuntimeWarning, match="rejected"):
+        result = hybridopt.minimize(
+            lambda x: torch.sqrt(1 - x) + x - 2.5,
+            x,
+            LeastSquares(method=solver, gradients="none"),
+            budget=100,
+            residuals=True,
+            bounds=(-1, 1.5),
+        )
+    assert result.reason is Reason.STALLED
+    assert "residuals that are not finite near the point" in result.message
+    assert result.best_loss <= 2.25
 
 
 def test_refusals() -> None:
