@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -16,6 +17,9 @@ from hybridopt.solver import Ask, Start
 from hybridopt_scipy._minimize import Minimize, given
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+# Where the curvature along the first direction of a Krylov space (the gradient, or a unit vector when trlib begins
+# anew) is no larger than this, trlib takes a step that it reads from memory which it has not written.
+_FLAT = 2e-16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ class TrustRegion(NewtonMinimize):
     initial_trust_radius: Positive = 1.0
     max_trust_radius: Positive = 1000.0
     eta: NonNegative = 0.15
-    gtol: NonNegative = 1e-4
+    gtol: Positive = 1e-4  # with 0, SciPy's would go on from a gradient of 0, and divide by it
     maxiter: Count | None = None
 
     def __post_init__(self) -> None:
@@ -151,6 +155,28 @@ class TrustKrylov(TrustRegion):
     products: ClassVar[bool] = True
 
     inexact: bool = True
+
+    def arguments(self, ask: Ask, start: Start) -> dict[str, Any]:
+        """See `Minimize.arguments`."""
+        found = super().arguments(ask, start)
+        jac, hessp = found["jac"], found["hessp"]
+        gradient: FloatArray = np.empty(0)
+
+        def remembered(x: FloatArray) -> FloatArray:
+            nonlocal gradient
+            gradient = jac(x)
+            return gradient.copy()
+
+        def curved(x: FloatArray, direction: FloatArray) -> FloatArray:
+            product: FloatArray = hessp(x, direction)
+            square = float(direction @ direction)
+            begins = np.array_equal(direction, -gradient) or abs(square - 1) < 1e-9
+            if begins and abs(direction @ product) <= _FLAT:
+                least = max(2 * _FLAT / square, 1e-8 * float(np.linalg.norm(product)) / math.sqrt(square))
+                product = product + least * direction
+            return product
+
+        return found | {"jac": remembered, "hessp": curved}
 
 
 @dataclass(frozen=True)

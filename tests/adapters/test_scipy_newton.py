@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 
 import hybridopt
 from hybridopt import Reason
-from hybridopt.errors import MemoryLimit, MissingGradient
+from hybridopt.errors import MemoryLimit, MethodError, MissingGradient
 from hybridopt.testing import OptimizerContract
 from hybridopt_scipy import Dogleg, NewtonCG, TrustExact, TrustKrylov, TrustNCG
 from tests.driving import rosenbrock
@@ -102,6 +104,54 @@ def test_walks_scipys_path(method: hybridopt.Method) -> None:
     distinct = [x for i, x in enumerate(ours) if i == 0 or x != ours[i - 1]]
     for a, b in zip(distinct[:4], theirs[:4], strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("cls", [TrustNCG, TrustKrylov, TrustExact, Dogleg])
+def test_a_gradient_of_0_is_the_end(cls: Any) -> None:
+    with pytest.raises(MethodError, match="expected gtol > 0, got 0"):
+        cls(gtol=0)
+
+
+FLAT: dict[str, tuple[Any, list[float]]] = {
+    "linear": (lambda x: 3 * x.sum(), [1.0, 1.0]),
+    "one": (lambda x: 3 * x.sum(), [1.0]),
+    "rounded": (lambda x: ((x - 5) ** 2).sum().floor(), [1.0, 1.0]),
+    "saddle": (lambda x: x[0] ** 2 - x[1] ** 2, [1.0, 1.0]),
+    "shallow": (lambda x: 1e-9 * (x**2).sum(), [1.0, 1.0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:autograd refused")
+@pytest.mark.parametrize("inexact", [True, False])
+@pytest.mark.parametrize("name", FLAT)
+def test_krylov_steps_are_not_read_from_memory_that_nobody_wrote(
+    name: str, inexact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trlib = pytest.importorskip("scipy.optimize._trlib._trlib")
+    loss, x0 = FLAT[name]
+
+    def walk(junk: float) -> list[list[float]]:
+        class Numpy:  # whose new arrays hold junk
+            def __getattr__(self, attribute: str) -> Any:
+                return getattr(np, attribute)
+
+            def empty(self, *args: Any, **options: Any) -> Any:
+                return np.full_like(np.empty(*args, **options), junk)
+
+        monkeypatch.setattr(trlib, "np", Numpy())
+        points: list[list[float]] = []
+
+        def recorded(x: torch.Tensor) -> torch.Tensor:
+            points.append(x.tolist())
+            return cast("torch.Tensor", loss(x))
+
+        x = torch.tensor(x0, dtype=torch.float64)
+        hybridopt.minimize(recorded, x, TrustKrylov(inexact=inexact, gtol=1e-12), budget=20)
+        return points
+
+    paths = [walk(junk) for junk in (0.0, 1e3, -1e-3, math.nan)]
+    assert paths[1:] == paths[:-1]
+    assert np.isfinite(paths[0]).all()
 
 
 class Kept(torch.autograd.Function):
