@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridopt.carrier import Isolation
 from hybridopt.coordinates import to_next
+from hybridopt.errors import MethodError
 from hybridopt.ledger import Reason
 from hybridopt.optimizer import Need
 from hybridopt.options import Count, NonNegative, Positive
@@ -188,6 +189,14 @@ class COBYQA(Minimize):
     final_tr_radius: Positive = 1e-6
     f_target: float = -math.inf
     scale: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.initial_tr_radius >= self.final_tr_radius:
+            raise MethodError(
+                f"{self.name}: expected initial_tr_radius >= final_tr_radius, got {self.initial_tr_radius!r} and "
+                f"{self.final_tr_radius!r}"
+            )
 
     def memory(self, n: int) -> int:
         """Bytes of the interpolation system of 3n + 1 rows and its factors, as measured."""

@@ -380,6 +380,10 @@ def test_the_update_of_the_hessian() -> None:
         (lambda: NelderMead(adaptive=1), "scipy.nelder_mead: expected adaptive to be True or False, got 1"),
         (lambda: Powell(xtol=0), "scipy.powell: expected xtol > 0, got 0"),
         (lambda: Powell(ftol=math.nan), "scipy.powell: expected ftol >= 0, got nan"),
+        (
+            lambda: COBYQA(initial_tr_radius=1e-7),
+            "scipy.cobyqa: expected initial_tr_radius >= final_tr_radius, got 1e-07 and 1e-06",
+        ),
         (lambda: COBYLA(rhobeg=0.0), "scipy.cobyla: expected rhobeg > 0, got 0.0"),
         (lambda: BFGS(c1=1.0), "scipy.bfgs: expected c1 in (0, 1), got 1.0"),
         (lambda: BFGS(maxiter=2.5), "scipy.bfgs: expected maxiter to be a whole number or None, got 2.5"),
