@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridopt.errors import MethodError
 from hybridopt.gradients import Derivative, GradientMode
@@ -105,7 +106,7 @@ class DifferentialEvolution(BlockingMethod):
                 losses,
                 start.pairs(),
                 rng=np.random.default_rng(start.seed),
-                x0=start.x0.copy(),
+                x0=_within(start),
                 vectorized=deferred,
                 constraints=_together(ask, start, rules) if rules else (),
                 **given(self, "gradients") | {"polish": False},
@@ -123,6 +124,18 @@ class DifferentialEvolution(BlockingMethod):
                 if p.success and p.fun < loss:
                     x, loss = p.x, p.fun
         return ending(start, r.success, r.message, loss, x)
+
+
+def _within(start: Start) -> npt.NDArray[np.float64]:
+    """The start, moved by rounding errors where SciPy, which scales the box to [0, 1], would find it outside."""
+    middle, width = 0.5 * (start.lower + start.upper), np.abs(start.lower - start.upper)
+    scale = 1 / np.where(width > 0, width, np.inf)
+    x = start.x0.copy()
+    for _ in range(10):  # one or two are enough, unless the box overflows
+        scaled = (x - middle) * scale + 0.5
+        outside = scaled - np.clip(scaled, 0, 1)
+        x = np.where(outside == 0, x, np.nextafter(x - outside * width, middle))
+    return x
 
 
 def _together(ask: Ask, start: Start, rules: Restrictions) -> Any:

@@ -624,6 +624,22 @@ def test_differential_evolution_walks_scipys_path(updating: Any, polish: bool) -
     assert result.reason is Reason.STALLED
 
 
+def test_differential_evolution_begins_at_a_bound() -> None:
+    """SciPy scales the box to [0, 1], and a bound by rounding out of it."""
+    rng = np.random.default_rng(0)
+    for width in (1e-9, 1.0, 1e9):
+        for lower in rng.normal(size=(20, 3)):
+            upper = lower + width * rng.random(3)
+            for x0 in (lower, upper):
+                points, _ = run(
+                    DifferentialEvolution(popsize=2),
+                    x0.tolist(),
+                    np.stack([lower, upper], 1).tolist(),
+                    budget=1,
+                )
+                np.testing.assert_allclose(points[0], x0, rtol=1e-15, atol=1e-15 * width)
+
+
 def test_a_deferred_generation_is_one_question() -> None:
     asked: list[tuple[Kind, int]] = []
 
