@@ -65,6 +65,10 @@ def differentiated(d: Derivative, start: Start, eps: float | None = None) -> dic
     return {"fun": d.fun, "options": {}}
 
 
+# What trust-constr, whose algebra knows no inf, is told of a constraint function that is nan or inf: so far outside.
+_FAR = 1e50
+
+
 # -- constraints -------------------------------------------------------------------------------------------------
 
 
@@ -138,13 +142,23 @@ class Restrictions:
             if hessian is not None:
                 options["hess"] = _no_curvature if straight else hessian()
                 options["jac"] = self._rows_of_jacobian(chosen)
-            found.append(
-                NonlinearConstraint(self._rows(chosen), self.lower[chosen], self.upper[chosen], **options)
-            )
+            fun = self._rows(chosen) if hessian is None else self._finite_rows(chosen)
+            found.append(NonlinearConstraint(fun, self.lower[chosen], self.upper[chosen], **options))
         return found
 
     def _rows(self, chosen: npt.NDArray[np.bool_]) -> Callable[[Any], Any]:
         return lambda x: self.values(x)[chosen]
+
+    def _finite_rows(self, chosen: npt.NDArray[np.bool_]) -> Callable[[Any], Any]:
+        """As `_rows`, but far outside where they are nan or inf."""
+        below = np.isfinite(self.lower)
+        far = np.where(below, np.where(below, self.lower, 0.0) - _FAR, self.upper + _FAR)
+
+        def fun(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            c = self.values(x)
+            return np.where(np.isfinite(c), c, far)[chosen]
+
+        return fun
 
     def _rows_of_jacobian(self, chosen: npt.NDArray[np.bool_]) -> Any:
         return "2-point" if self._c.mode == "none" else lambda x: self._c.jac(x)[chosen]
@@ -196,7 +210,8 @@ class Minimize(BlockingMethod):
             arguments["constraints"] = self.constraints(ask, start)
         with quiet():
             r = minimize(method=self.solver, bounds=bounds, **arguments)
-        found = ending(start, r.get("status", 0) in self.converged, r.message, r.fun, r.x)
+        reached = r.get("status", 0) in self.converged and r.get("constr_violation", 0.0) < 0.5 * _FAR
+        found = ending(start, reached, r.message, r.fun, r.x)
         if found.loss > ask.highest > -math.inf:  # a rejected point (`Derivative`, `finite`)
             return found._replace(reason=Reason.STALLED, loss=math.inf)
         return found

@@ -541,6 +541,39 @@ def test_a_start_in_a_corner_is_not_the_end(cls: Any, corner: tuple[float, float
 # -- weights of few digits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gradients", ["auto", "none", "differences"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_trust_constr_backs_away_from_constraints_that_are_nan(gradients: Any, turned: bool) -> None:
+    def root(x: torch.Tensor) -> torch.Tensor:
+        return torch.sqrt(0.5 - x.sum()) - 0.1
+
+    x = torch.full((2,), -1.0, dtype=torch.float64)
+    constraint = hybridopt.Constraint(lambda x: -root(x), upper=0.0) if turned else hybridopt.Constraint(root)
+    with pytest.warns(RuntimeWarning, match="nan or inf counts as broken"):
+        result = hybridopt.minimize(
+            lambda x: ((x - 1) ** 2).sum(),
+            x,
+            TrustConstr(gradients=gradients),
+            budget=300,
+            constraints=constraint,
+        )
+    assert result.best_loss == pytest.approx(1.14005, abs=1e-3)
+    assert x.sum() <= 0.49 + 1e-6
+
+
+def test_trust_constr_does_not_converge_where_a_constraint_is_nan() -> None:
+    x = torch.full((2,), 2.0, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="nan or inf counts as broken"):
+        result = hybridopt.minimize(
+            lambda x: ((x - 1) ** 2).sum(),
+            x,
+            TrustConstr(),
+            budget=300,
+            constraints=lambda x: torch.sqrt(0.5 - x.sum()),
+        )
+    assert result.reason is not Reason.CONVERGED
+
+
 @pytest.mark.parametrize("cls", GRADIENTS)
 @pytest.mark.parametrize("mode", ["none", "differences"])
 def test_float32_without_gradients(cls: Any, mode: Any) -> None:
