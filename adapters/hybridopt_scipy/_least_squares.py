@@ -42,7 +42,8 @@ class LeastSquares(BlockingMethod):
         xtol: ... or is shorter than this share of the weights ...
         gtol: ... or no component of the gradient is larger.
         x_scale: typical size of every weight, or "jac" (by the Jacobian's columns); None = 1, for lm "jac".
-        tr_solver: of trf and dogbox, "exact" (singular values) or "lsmr" (for many weights; for one, trf is exact); None = exact.
+        tr_solver: of trf and dogbox, "exact" (singular values) or "lsmr" (for many weights; trf of one weight takes
+            exact); None = exact.
         max_nfev: evaluations; None = 100 n.
         gradients: for the Jacobian, see `hybridopt.gradients.Derivative`.
 
