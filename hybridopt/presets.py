@@ -34,8 +34,8 @@ class Auto(Method):
     - whole-numbered weights: CMA-ES with margin, and restarts;
     - gradients without a box, or above 300 weights: SLSQP (L-BFGS-B above 300 weights) begun again; above 20 000
       weights Adam. A loss that autograd might have seen through but that counts or rounds is found out by its first
-      differences, half of which are 0 (above 300 weights by its first gradient): then CMA-ES. Above 20 000 weights it is
-      an error that names what to do;
+      differences, half of which are 0 (above 300 weights by its first gradient): then CMA-ES. Above 20 000 weights it
+      is an error that names what to do;
     - a box, with gradients or without: n + 2 evaluations tell whether the loss is a sum of functions of one weight;
       if so, line searches along the coordinates find its minimum. Else a portfolio: SLSQP from the start, then from
       random points, beside CMA-ES with a quadratic model (`lq_cmaes`) and restarts, the turns going to whoever lowers

@@ -289,7 +289,7 @@ class NoGradient(Switch):
 class Flat(Switch):
     """At half or more of its points the first difference quotient finds no change: the loss counts, or rounds.
 
-    A stage that follows slopes ends, for one that samples: `slsqp until flat > cmaes`.
+    A stage that follows slopes ends, for one that samples: `restart(slsqp) until flat > cmaes`.
     """
 
     name = "flat"

@@ -423,9 +423,9 @@ def test_a_plateau_waits_for_the_constraints() -> None:
 
 @pytest.mark.parametrize("rule", ["flat", "no_gradient", "noise | flat", "flat & no_gradient"])
 def test_slopes_that_are_not_there(rule: str) -> None:
-    """A count has neither a gradient nor differences; a loss that autograd cannot see has differences; resumed alike."""
-    text = f"slsqp until {rule} > random_search(evaluations=9)"
-    assert str(method(text)) == f"scipy.slsqp until {rule} > random_search(evaluations=9)"
+    """A count has neither gradient nor differences, a loss that autograd cannot see has these; resumed alike."""
+    text = f"restart(scipy.slsqp) until {rule} > random_search(evaluations=9)"
+    assert str(method(text)) == text
     smooth: Any = lambda x: (x.detach() ** 2).sum()  # noqa: E731
     counts: Any = lambda x: (x > 0.3).double().sum()  # noqa: E731
     seen: Any = lambda x: (x**2).sum()  # noqa: E731
