@@ -338,7 +338,7 @@ def _graph(result: Any) -> Tensor | None:
 
 def nowhere(x: FloatArray) -> bool:
     """Whether a weight of a point, shape (n,), is nan."""
-    return math.isnan(x.dot(x))
+    return math.isnan(x[x.argmin()])  # which is the first nan
 
 
 def present(grads: Iterable[Tensor | None]) -> list[Tensor]:

@@ -33,7 +33,7 @@ SPACE = Space(
         "momentum": Float(0, 0.99, when=("optimizer", "sgd")),
     }
 )
-EIGHT = "cmaes(popsize=8)"
+EIGHT = "pso(swarmsize=8)"
 Params = list[dict[str, Any]]
 
 
@@ -77,7 +77,16 @@ def by_study(trials: int, method: str = EIGHT) -> Params:
 
 @pytest.mark.parametrize(
     "method",
-    [EIGHT, "de", "random_search", "nelder_mead", "race(cmaes, pso)", "pso(evaluations=13) > cmaes", "slsqp"],
+    [
+        EIGHT,
+        "de",
+        "cmaes(popsize=8)",
+        "random_search",
+        "nelder_mead",
+        "race(cmaes, pso)",
+        "pso(evaluations=13) > cmaes",
+        "slsqp",
+    ],
 )
 def test_a_study_walks_the_path_of_tune(method: str) -> None:
     expected = by_tune(method, 45)
