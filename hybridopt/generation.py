@@ -201,12 +201,13 @@ class Generations:
     ) -> None:
         """Book the members of a batch. Under `nonfinite="raise"` all are booked, then the first bad one raises."""
         lowest, highest = _extremes(values)
-        finite = math.isfinite(lowest) and math.isfinite(highest) and not nowhere(x[int(values.argmin())])
+        at = int(values.argmin())
+        best = x[at]
+        finite = math.isfinite(lowest) and math.isfinite(highest) and not nowhere(best)
         if finite and not self._accounts.listeners and (slopes is None or np.isfinite(slopes).all()):
             if self._accounts.scores is not None and not probe:
                 self._accounts.scores.offer(values, x)
-            at = int(values.argmin())
-            self._evaluation.imagine(x[at])
+            self._evaluation.imagine(best)
             self._accounts.book_many(ledgers, values, at, highest, int(slopes is not None), probe)
             begun.losses.extend(values.tolist())
             if slopes is not None and begun.gradients is not None:

@@ -117,6 +117,7 @@ class SequenceRun:
         self.gradient_found: bool | None = None
         self.change_found: bool | None = None
         self._value = math.inf  # the last loss that was no probe, where a rule looks for slopes
+        self._asked = (Kind.VALUE, True)
         self._memory: dict[str, Any] = {}
 
     def _seed(self, index: int) -> int:
