@@ -7,6 +7,7 @@ derive from it, so `except ValueError` keeps working.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -56,9 +57,10 @@ class NonFiniteLoss(HybridoptError, ArithmeticError):
 
     @classmethod
     def at_start(cls, value: float) -> NonFiniteLoss:
-        """Of a method that follows gradients, at its first point."""
+        """Of a method that follows gradients, at its first point; +inf is what any such loss was told as."""
+        got = "inf or nan" if value == math.inf else value
         return cls(
-            f"loss: expected a finite loss and gradient at the start point, got {value}; a method that needs "
+            f"loss: expected a finite loss and gradient at the start point, got {got}; a method that needs "
             "gradients cannot begin here: change the initial weights, name a method without gradients (cmaes), or put "
             "one before it (cmaes(evaluations=20%) > slsqp)"
         )

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybridopt.errors import MethodError
+
 
 class State(NamedTuple):
     """One elementwise state of a rule."""
@@ -72,6 +74,14 @@ class Rule:
 
 class _Functions:
     """`xp` where Python runs a rule: on numbers, on tensors (the reference), on lists of tensors (foreach)."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = ", ".join(sorted(n for n in vars(type(self)) if not n.startswith("_")))
+        raise MethodError(
+            f"xp.{name}: a rule has no such function; it may use xp.{known.replace(', ', ', xp.')}"
+        )
 
     @staticmethod
     def sqrt(x: Any) -> Any:

@@ -381,3 +381,13 @@ def test_names_that_no_hyperparameter_can_have(taken):
 
     with pytest.raises(MethodError, match=f"expected hyperparameters with names .* got {taken}; choose"):
         from_rule(plain, defaults={taken: 0.1}, scalars=lambda step, value: ())
+
+
+def test_a_function_that_rules_lack_is_named() -> None:
+    made = from_rule(lambda p, g, lr: p - lr * xp.sin(g), defaults={"lr": 0.1})
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(
+        MethodError, match=r"xp\.sin: a rule has no such function; it may use xp\.abs, .*xp\.sqrt"
+    ):
+        made([p]).step()
