@@ -222,7 +222,7 @@ def _update(
             weights[0].add_(U, alpha=float(sizes[0]))
         else:
             factors = torch.as_tensor(sizes, dtype=U.dtype, device=U.device)
-            U.mul_(factors.view(-1, *[1] * p.ndim) if not single else factors)
+            U.mul_(factors.squeeze() if single else factors.view(-1, *[1] * p.ndim))
             torch._foreach_add_(weights, _unstacked(U, single))
 
 

@@ -371,6 +371,13 @@ def test_large_chunks_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 3, 4)])
+def test_a_weight_alone_of_its_shape(shape: Any, everything_batched: bool) -> None:
+    case = pair("Adafactor", torch.float64, [shape], weight_decay=0.1)
+    both(case, range(4))
+    assert_same(case, 1e-12)
+
+
 # -- Adafactor at the ends of the number range ---------------------------------------------------------------
 
 
