@@ -216,8 +216,9 @@ class Generations:
         refused: NonFiniteLoss | None = None
         told = begun
         for i, value in enumerate(values.tolist()):
-            self._evaluation.imagine(x[i])
-            value = math.nan if nowhere(x[i]) else value
+            point = x[i]
+            self._evaluation.imagine(point)
+            value = math.nan if nowhere(point) else value
             try:
                 if slopes is None:
                     told.losses.append(self._accounts.book_member(ledgers, value, 1, 0, probe))

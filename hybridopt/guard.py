@@ -50,9 +50,8 @@ class ModelGuard:
         self._originals: list[Tensor | None] | None = None
         self._base: list[Tensor | None] = []
         self._versions: list[tuple[int, int]] = []
-        self._unversioned: bool | None = (
-            None  # whether numbers change without a version; None = not yet known
-        )
+        self._unversioned: bool | None = None
+        """Whether numbers change without a version; None = not yet known."""
 
     def open(self) -> None:
         """Take hold: `.grad` is cleared, all chosen weights require gradients."""
@@ -116,25 +115,26 @@ class ModelGuard:
 
     def copy_buffers(self) -> list[Tensor | None]:
         """Copies of all buffers, one of what stands in several places; None where there is none (yet)."""
-        copies: dict[int, Tensor | None] = {}
         found = self._buffers()
-        for buffer in found:
-            if id(buffer) not in copies:
-                copies[id(buffer)] = None if buffer is None else buffer.detach().clone()
-        return [copies[id(buffer)] for buffer in found]
+        copies = {
+            id(b): None if b is None else b.detach().clone() for b in {id(b): b for b in found}.values()
+        }
+        return [copies[id(b)] for b in found]
 
     def set_buffers(self, values: Sequence[Tensor | None]) -> None:
         """Write saved values into the buffers, in place; an empty list changes nothing."""
         if not values:
             return
-        made: dict[int, Tensor] = {}
+        made: dict[int, Tensor] = {}  # one of what stands in several places
         with torch.no_grad():
             for (slots, name), value in zip(self._slots, values, strict=True):
                 buffer = slots[name]
                 if value is None:
                     slots[name] = None
                 elif buffer is None or buffer.shape != value.shape:
-                    slots[name] = made.setdefault(id(value), value.clone())
+                    if id(value) not in made:
+                        made[id(value)] = value.clone()
+                    slots[name] = made[id(value)]
                 else:
                     buffer.copy_(value)
         self._rebase()

@@ -86,16 +86,8 @@ class Points:
             array = residuals.told(finite)
         loss = value if finite else math.inf
         broken = 0.0 if request.probe else violation
-        keeps_best = evaluation.keeps_best
         return Answer(
-            loss,
-            None,
-            gradient,
-            finite,
-            surrogate=surrogate,
-            array=array,
-            violation=broken,
-            keeps_best=keeps_best,
+            loss, None, gradient, finite, surrogate, evaluation.keeps_best, array=array, violation=broken
         )
 
     def gradient(self, request: Request, ledgers: Sequence[Ledger]) -> Answer:

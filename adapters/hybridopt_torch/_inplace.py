@@ -43,9 +43,8 @@ class InPlaceRun:
         self._loss = math.inf
         self._known = warm is not None and math.isfinite(warm.loss)
         self._saved: list[Tensor] | None = None
-        self._sound: list[Tensor] | None = (
-            None  # where the last finite loss was told, if no best point is kept
-        )
+        self._sound: list[Tensor] | None = None
+        """Where the last finite loss was told, if no best point is kept."""
         self._lost = False  # whether the loss since the last update was not finite
         self._closed = False
         if warm is not None and warm.x is not None:

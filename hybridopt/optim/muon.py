@@ -173,11 +173,11 @@ def _update(
         adjusted = lr * math.sqrt(max(1, rows / columns))
     decay, alpha = 1 - lr * weight_decay, -adjusted
     if _live(lr):
-        steps = steps.to(params[0].dtype) * alpha
+        steps, alpha = steps.to(params[0].dtype) * alpha, 1.0
     else:
         decay, alpha = float(decay), float(alpha)
     torch._foreach_mul_(params, decay)
-    torch._foreach_add_(params, list((steps.mT if tall else steps).unbind()), alpha=1 if _live(lr) else alpha)
+    torch._foreach_add_(params, list((steps.mT if tall else steps).unbind()), alpha=alpha)
 
 
 def _live(lr: Any) -> bool:
