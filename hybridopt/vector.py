@@ -146,9 +146,8 @@ class ParameterVector:
         if self.log is None:
             return Coordinates(self.lower, self.upper, self.scale, self.integer)
         kinds = [torch.finfo(t.dtype) for t in self.tensors]
-        tiny, huge = (
-            np.repeat(numbers, self.sizes) for numbers in zip(*((k.tiny, k.max) for k in kinds), strict=True)
-        )
+        tiny = np.repeat([kind.tiny for kind in kinds], self.sizes)
+        huge = np.repeat([kind.max for kind in kinds], self.sizes)
         if self.integer is not None:
             tiny = np.where(self.integer, LEAST_WHOLE, tiny)
         return Coordinates(
